@@ -1,0 +1,246 @@
+"""Sparse pieces of a RoSA layer: scatter into a dense weight, sampled dense-dense product, exact top-k selection.
+
+Each function has two implementations: C++ for CPU tensors (rosa_cpu.cpp, compiled on first use through Inductor's
+code cache), and plain torch for other devices, other dtypes and machines without a compiler; `_native` alone chooses.
+
+Precondition of everything that takes a mask: row_offsets (int32 [N+1]) starts at 0, never decreases and ends at
+nnz; cols (int32 [nnz]) is strictly increasing within a row and within [0, K). This is *not* checked here, where it would cost a
+pass over the mask in every step: an invalid mask reads and writes out of bounds. Check masks where they enter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rosa_fx.errors import RosaError
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT32_MAX = 2**31 - 1
+_CHUNK = 1 << 20  # elements of a temporary in the torch implementations
+_lock = threading.Lock()
+
+
+@functools.cache
+def _compile() -> ctypes.CDLL | None:
+    try:
+        # Imported here: importing Inductor takes a while, and only this needs it.
+        from rosa_fx.kernels.inductor import load_cpp
+
+        library = load_cpp((Path(__file__).parent / "rosa_cpu.cpp").read_text(encoding="utf-8"))
+    except Exception as error:  # whatever a missing or broken compiler raises must cost speed only
+        reason = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(
+            "rosa_fx could not compile its CPU kernels and uses slower torch operations instead: "
+            f"{type(error).__name__}: {reason}. Install a C++ compiler (or set CXX) for full speed.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.rosa_scatter_add.argtypes = [ptr, i32, i64, i64, ptr, i32, ptr, ptr, i32]
+    library.rosa_scatter_add.restype = None
+    library.rosa_sddmm.argtypes = [ptr, i32, i64, i64, ptr, i32, i64, i64, i64, i64, i64, ptr, ptr, ptr, i32]
+    library.rosa_sddmm.restype = i32
+    library.rosa_select_topk.argtypes = [ptr, i64, i64, i64, i64, i64, ptr, ptr, i32]
+    library.rosa_select_topk.restype = i32
+    return library
+
+
+def _native(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The compiled library if it can work on these tensors, else None."""
+    if any(t.device.type != "cpu" or t.dtype not in _DTYPES for t in tensors):
+        return None
+    with _lock:  # functools.cache alone would let two threads compile, and warn, at once
+        return _compile()
+
+
+def _check_mask(what: str, row_offsets: Tensor, cols: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    for name, tensor in (("row_offsets", row_offsets), ("cols", cols)):
+        if tensor.dtype != torch.int32 or tensor.dim() != 1:
+            raise RosaError(f"{what}: {name} must be a 1-D int32 tensor, got {tensor.dtype} {list(tensor.shape)}")
+    if row_offsets.numel() != rows + 1:
+        raise RosaError(f"{what}: row_offsets has {row_offsets.numel()} entries, {rows} rows need {rows + 1}")
+    return row_offsets.contiguous(), cols.contiguous()
+
+
+def _row_ids(row_offsets: Tensor, nnz: int) -> Tensor:
+    rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)
+    return torch.repeat_interleave(rows, row_offsets.diff().long(), output_size=nnz)  # output_size: no host sync
+
+
+def _accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def scatter_add_(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor) -> None:
+    """weight[row_j, cols[j]] += values[j], in place.
+
+    weight: [N, K], contiguous; values: [nnz]; row_offsets: int32 [N+1]; cols: int32 [nnz] (see the module for what makes a
+    mask valid). float32, bfloat16 and float16 in any mix: the sum is made in fp32 and rounded once, to nearest even, to
+    weight's dtype (float64 operands are summed in float64, by torch). No host synchronisation.
+    Raises RosaError for a weight that is not contiguous and for shapes that do not fit.
+    """
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise RosaError(f"scatter_add_: weight must be contiguous and 2-D, got {list(weight.shape)}; use .contiguous()")
+    row_offsets, cols = _check_mask("scatter_add_", row_offsets, cols, weight.shape[0])
+    if values.shape != cols.shape:
+        raise RosaError(f"scatter_add_: {list(values.shape)} values for {cols.numel()} mask entries")
+    library = _native(weight, values)
+    if library is None:
+        return _scatter_add_torch(weight, values, row_offsets, cols)
+    values = values.detach().contiguous()
+    library.rosa_scatter_add(
+        weight.data_ptr(),
+        _DTYPES[weight.dtype],
+        *weight.shape,
+        values.data_ptr(),
+        _DTYPES[values.dtype],
+        row_offsets.data_ptr(),
+        cols.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return None
+
+
+def _scatter_add_torch(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor) -> None:
+    index = _row_ids(row_offsets, cols.numel()) * weight.shape[1] + cols
+    flat = weight.detach().view(-1)
+    dtype = _accumulate_dtype(weight, values)
+    total = flat.index_select(0, index).to(dtype) + values.detach().to(dtype)
+    flat.scatter_(0, index, total.to(weight.dtype))  # positions are unique: deterministic
+
+
+def sddmm(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """out[j] = sum over m of dy[m, row_j] * x[m, cols[j]]: the gradient of the sparse values. Returns [nnz], out_dtype.
+
+    dy: [M, N] and x: [M, K] with any strides, float32, bfloat16 or float16 in any mix; row_offsets: int32 [N+1]; cols:
+    int32 [nnz] (see the module for what makes a mask valid). Products and sums are fp32 (float64 if an operand is), rounded once
+    to out_dtype. On the CPU the result does not depend on the number of threads. Extra memory: about 10 MiB and 1.3 MiB
+    per thread. No host synchronisation. Raises RosaError for shapes that do not fit.
+    """
+    if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
+        raise RosaError(f"sddmm: dy [M, N] and x [M, K] must share M, got {list(dy.shape)} and {list(x.shape)}")
+    row_offsets, cols = _check_mask("sddmm", row_offsets, cols, dy.shape[1])
+    library = _native(dy, x)
+    if library is None:
+        return _sddmm_torch(dy, x, row_offsets, cols).to(out_dtype)
+    dy, x = dy.detach(), x.detach()
+    if cols.numel() == 0:
+        return x.new_empty(0, dtype=out_dtype)
+    out = torch.empty(cols.numel(), dtype=torch.float32)
+    failed = library.rosa_sddmm(
+        dy.data_ptr(),
+        _DTYPES[dy.dtype],
+        *dy.stride(),
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        *x.stride(),
+        x.shape[0],
+        dy.shape[1],
+        x.shape[1],
+        row_offsets.data_ptr(),
+        cols.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"sddmm: no scratch memory for {cols.numel()} mask entries")
+    return out.to(out_dtype)
+
+
+def _sddmm_torch(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor) -> Tensor:
+    dtype = _accumulate_dtype(dy, x)
+    rows = _row_ids(row_offsets, cols.numel())
+    # Whole rows of the transposes are gathered, a bounded number of them at a time: never a dense [N, K] gradient.
+    dy_t, x_t = dy.detach().t().contiguous(), x.detach().t().contiguous()
+    out = torch.zeros(cols.numel(), dtype=dtype, device=x.device)
+    step = max(1, _CHUNK // max(1, x.shape[0]))
+    for j in range(0, cols.numel(), step):
+        left, right = dy_t.index_select(0, rows[j : j + step]), x_t.index_select(0, cols[j : j + step])
+        torch.sum(left.to(dtype) * right.to(dtype), dim=1, out=out[j : j + step])
+    return out
+
+
+def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    """The mask of the nnz largest scores: (row_offsets int32 [N+1], cols int32 [nnz]), columns ascending in each row.
+
+    score: [N, K] float32, any strides, not negative (a negative score counts as 0); +inf is allowed. Exact and deterministic: of equal
+    scores those with the smaller flat index n * K + k are taken. Extra memory is a few MiB, never another [N, K].
+    A NaN anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says whose it is.
+    Raises RosaError when score is not a float32 matrix, or nnz is not in 0 .. N * K or does not fit in int32.
+    """
+    if score.dim() != 2 or score.dtype != torch.float32:
+        raise RosaError(f"select_topk: score must be a float32 matrix, got {score.dtype} {list(score.shape)}")
+    rows, columns = score.shape
+    if not 0 <= nnz <= min(rows * columns, _INT32_MAX) or columns > _INT32_MAX:
+        raise RosaError(
+            f"select_topk: nnz={nnz} for a score of shape [{rows}, {columns}]; choose 0 .. "
+            f"{min(rows * columns, _INT32_MAX)} (indices are int32)"
+        )
+    score = score.detach()
+    library = _native(score)
+    if library is None:
+        return _select_topk_torch(score, nnz)
+    row_offsets = torch.empty(rows + 1, dtype=torch.int32)
+    cols = torch.empty(nnz, dtype=torch.int32)
+    status = library.rosa_select_topk(
+        score.data_ptr(),
+        rows,
+        columns,
+        *score.stride(),
+        nnz,
+        row_offsets.data_ptr(),
+        cols.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status == 2:
+        raise MemoryError(f"select_topk: no scratch memory for a score of shape [{rows}, {columns}]")
+    if status == 1:
+        cols.fill_(-1)
+        row_offsets.fill_(nnz)
+        row_offsets[0] = 0
+    return row_offsets, cols
+
+
+def _select_topk_torch(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    rows, columns = score.shape
+    device = score.device
+    row_offsets = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    cols = torch.empty(nnz, dtype=torch.int32, device=device)
+    chunks = score.split(max(1, _CHUNK // max(1, columns))) if score.numel() else ()
+    if any(bool(chunk.isnan().any()) for chunk in chunks):
+        row_offsets[1:] = nnz
+        return row_offsets, cols.fill_(-1)
+    if nnz == 0:
+        return row_offsets, cols
+    # Non-negative floats order like their bits: find the nnz-th largest key bit by bit, then take what is above it
+    # and the first of what equals it. (torch.topk promises nothing about ties.)
+    threshold = torch.zeros((), dtype=torch.int32, device=device)
+    for bit in range(30, -1, -1):
+        trial = threshold | (1 << bit)
+        count = sum((_keys(chunk) >= trial).sum() for chunk in chunks)
+        threshold = torch.where(count >= nnz, trial, threshold)
+    ties = nnz - sum((_keys(chunk) > threshold).sum() for chunk in chunks)
+    row, filled = 0, 0
+    for chunk in chunks:
+        key = _keys(chunk)
+        equal = key == threshold
+        rank = equal.flatten().cumsum(0).view_as(equal)
+        taken = (key > threshold) | (equal & (rank <= ties))
+        ties = (ties - rank.flatten()[-1]).clamp(min=0)
+        found = taken.nonzero()[:, 1]
+        cols[filled : filled + found.numel()] = found
+        row_offsets[row + 1 : row + 1 + len(chunk)] = filled + taken.sum(1).cumsum(0)
+        row, filled = row + len(chunk), filled + found.numel()
+    return row_offsets, cols
+
+
+def _keys(score: Tensor) -> Tensor:
+    return score.view(torch.int32).clamp(min=0)

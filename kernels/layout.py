@@ -1,0 +1,88 @@
+"""How one rewritten weight is laid out: its shape, its base format and the terms of its delta.
+
+A layout travels through graphs as a short canonical JSON string, next to two lists of tensors: `base`, which holds D(Q), and
+`delta`, the tensors of all terms in order. Weights of equal layout give equal graphs, so identical blocks compile once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rosa_fx.kernels.bases.base import BaseFormat
+from rosa_fx.kernels.terms.base import Shape, Term
+from rosa_fx.kernels.terms.registry import term
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape [N, K] and dtype of the weight as the model sees it, base format, terms.
+
+    `strict` makes a consumer that cannot be fused an error at compile time.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    base: BaseFormat
+    terms: tuple[Term, ...] = field(default=())
+    strict: bool = False
+
+    @property
+    def key(self) -> str:
+        return _encode(self)
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def parse(key: str) -> Layout:
+        data = json.loads(key)
+        return Layout(
+            shape=(data["shape"][0], data["shape"][1]),
+            dtype=getattr(torch, data["dtype"]),
+            base=BaseFormat.from_dict(data["base"]),
+            terms=tuple(term(t.pop("kind"), **t) for t in data["terms"]),
+            strict=data["strict"],
+        )
+
+    def with_dtype(self, dtype: torch.dtype) -> Layout:
+        return replace(self, dtype=dtype)
+
+    def split(self, delta: Sequence[Tensor]) -> Iterator[tuple[Term, Sequence[Tensor]]]:
+        """Each term with its own tensors out of the flat list `delta`."""
+        start = 0
+        for item in self.terms:
+            stop = start + len(item.tensor_names)
+            yield item, delta[start:stop]
+            start = stop
+
+    @property
+    def trainable(self) -> tuple[int, ...]:
+        """Positions in `delta` of the tensors that receive gradients, in the order of the gradients."""
+        positions, start = [], 0
+        for item in self.terms:
+            positions += [start + item.tensor_names.index(name) for name in item.trainable]
+            start += len(item.tensor_names)
+        return tuple(positions)
+
+    @property
+    def additive(self) -> bool:
+        """Whether the gradients of several uses of the weight may be computed apart and summed."""
+        return all(item.additive for item in self.terms)
+
+
+@lru_cache(maxsize=None)
+def _encode(layout: Layout) -> str:
+    return json.dumps(
+        {
+            "shape": layout.shape,
+            "dtype": str(layout.dtype).removeprefix("torch."),
+            "base": layout.base.to_dict(),
+            "terms": [{"kind": item.kind, **item.fields()} for item in layout.terms],
+            "strict": layout.strict,
+        },
+        separators=(",", ":"),
+    )

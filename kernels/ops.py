@@ -1,0 +1,181 @@
+"""The fused operators as `torch.library` operators: schema, fake, autograd, and one fast composition for CPU and CUDA.
+
+`definition.py` says what each computes. The composition here needs, per layer and product, one dequantised weight that
+lives as long as the call, one GEMM by the vendor's library, and the terms: what folds is added into that weight, what does
+not is added to the product in the accumulator of a second, thin GEMM. Its floor is the GEMM of a frozen dense weight.
+
+Nothing here is differentiable twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_fx.kernels import definition
+from rosa_fx.kernels.layout import Layout
+
+DEVICES = ("cpu", "cuda")
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _product(
+    x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str, transposed: bool
+) -> Tensor:
+    parsed = Layout.parse(layout)
+    terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
+    folded = [(item, tensors) for item, tensors in terms if item.folds]
+    weight = (parsed.base.dequantize if folded else parsed.base.read)(base, parsed.shape, x.dtype)
+    for item, tensors in folded:
+        item.fold_(weight, tensors)
+    rows = _flat(x)
+    right = weight if transposed else weight.t()
+    out = rows @ right if bias is None else torch.addmm(bias.to(x.dtype), rows, right)
+    for item, tensors in terms:
+        if not item.folds:
+            item.add_product_(out, rows, tensors, transposed)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+@torch.library.custom_op("rosa_fx::materialize", mutates_args=())
+def materialize(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return definition.materialize(base, delta, Layout.parse(layout))
+
+
+@torch.library.custom_op("rosa_fx::linear", mutates_args=())
+def linear(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return definition.linear(x, bias, base, delta, Layout.parse(layout))
+
+
+@torch.library.custom_op("rosa_fx::linear_t", mutates_args=())
+def linear_t(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return definition.linear_t(x, bias, base, delta, Layout.parse(layout))
+
+
+@torch.library.custom_op("rosa_fx::linear_grads", mutates_args=())
+def linear_grads(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
+    return definition.linear_grads(dy, x, delta, Layout.parse(layout))
+
+
+@torch.library.custom_op("rosa_fx::materialize_backward", mutates_args=())
+def materialize_backward(dW: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
+    return definition.materialize_backward(dW, delta, Layout.parse(layout))
+
+
+# --- fast composition --------------------------------------------------------------------------------------------
+
+
+@materialize.register_kernel(DEVICES)
+def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    parsed = Layout.parse(layout)
+    terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
+    # More than one rounding would make eager mode worse than a plain low-precision weight.
+    dtype = parsed.dtype if len(terms) < 2 else definition.accumulate_dtype(parsed.dtype)
+    weight = parsed.base.dequantize(base, parsed.shape, dtype)
+    for item, tensors in terms:
+        item.fold_(weight, tensors)
+    return weight.to(parsed.dtype)
+
+
+@linear.register_kernel(DEVICES)
+def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return _product(x, bias, base, delta, layout, transposed=False)
+
+
+@linear_t.register_kernel(DEVICES)
+def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return _product(x, bias, base, delta, layout, transposed=True)
+
+
+@linear_grads.register_kernel(DEVICES)
+def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
+    dy, x = _flat(dy), _flat(x)
+    return [grad for item, tensors in Layout.parse(layout).split(delta) for grad in item.grads(dy, x, tensors)]
+
+
+# --- fakes -------------------------------------------------------------------------------------------------------
+
+
+@materialize.register_fake
+def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    parsed = Layout.parse(layout)
+    return base[0].new_empty(parsed.shape, dtype=parsed.dtype)
+
+
+@linear.register_fake
+def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Layout.parse(layout).shape[0])
+
+
+@linear_t.register_fake
+def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Layout.parse(layout).shape[1])
+
+
+def _empty_grads(delta: list[Tensor], layout: str) -> list[Tensor]:
+    return [grad for item, tensors in Layout.parse(layout).split(delta) for grad in item.grad_shapes(tensors)]
+
+
+@linear_grads.register_fake
+def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
+    return _empty_grads(delta, layout)
+
+
+@materialize_backward.register_fake
+def _(dW: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
+    return _empty_grads(delta, layout)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _scatter(grads: list[Tensor], layout: str, count: int) -> list[Tensor | None]:
+    """Gradients laid out like `delta`: None for what is not trainable."""
+    out: list[Tensor | None] = [None] * count
+    for position, grad in zip(Layout.parse(layout).trainable, grads, strict=True):
+        out[position] = grad
+    return out
+
+
+def _save_materialize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    base, delta, ctx.layout = inputs
+    ctx.base_count, ctx.delta_count = len(base), len(delta)
+    ctx.save_for_backward(*delta)
+
+
+def _materialize_backward(ctx: Any, dW: Tensor) -> tuple[Any, ...]:
+    grads = materialize_backward(dW, list(ctx.saved_tensors), ctx.layout)
+    return [None] * ctx.base_count, _scatter(grads, ctx.layout, ctx.delta_count), None
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, base, delta, ctx.layout = inputs
+    ctx.base_count = len(base)
+    ctx.save_for_backward(x, bias, *base, *delta)
+
+
+def _linear_backward(transposed: bool) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, bias, *rest = ctx.saved_tensors
+        base, delta = rest[: ctx.base_count], rest[ctx.base_count :]
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (linear if transposed else linear_t)(dy, None, base, delta, ctx.layout)
+        if bias is not None and ctx.needs_input_grad[1]:
+            dbias = dy.sum_to_size(bias.shape).to(bias.dtype)
+        # For out = x W the weight gradient is xᵀ dy: the factors change places.
+        factors = (x, dy) if transposed else (dy, x)
+        grads = linear_grads(*factors, delta, ctx.layout)
+        return dx, dbias, [None] * len(base), _scatter(grads, ctx.layout, len(delta)), None
+
+    return backward
+
+
+materialize.register_autograd(_materialize_backward, setup_context=_save_materialize)
+linear.register_autograd(_linear_backward(False), setup_context=_save_linear)
+linear_t.register_autograd(_linear_backward(True), setup_context=_save_linear)

@@ -1,0 +1,69 @@
+"""What a delta term is: the one interface behind which low-rank, sparse and every later PEFT method live.
+
+The delta of a weight is a sum of terms. A term is a frozen description without tensors of its own: the tensors travel
+beside it, in the order of `tensor_names`, so that the same description serves eager mode, fake tensors, compiled graphs
+and the float64 oracle. To add a term write one new file with a subclass and list it in `rosa_fx.kernels.terms`.
+
+Symbols: weight as stored [N, K]; x [M, K] with y = x Wᵀ [M, N]. `transposed=True` means the product with the weight
+itself, out = dy W with dy [M, N] and out [M, K], which is both grad-input and the forward of weights stored [in, out].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int]
+
+
+class Term(ABC):
+    """One summand of the delta. Subclasses are frozen dataclasses whose fields are JSON values."""
+
+    kind: ClassVar[str]
+    tensor_names: ClassVar[tuple[str, ...]]
+    """Names of the term's tensors, in the order in which they travel."""
+    trainable: ClassVar[tuple[str, ...]]
+    """The tensors that receive a gradient, in the order in which `grads` returns them."""
+    folds: ClassVar[bool]
+    """True if kernels add the term into the dequantised tile before the GEMM, False if its product is added after."""
+    contributes: ClassVar[bool] = True
+    """False for terms that only observe: nothing is added to the weight."""
+    additive: ClassVar[bool] = True
+    """True if the gradients of a sum of weight gradients are the sum of their gradients."""
+
+    @abstractmethod
+    def dense(self, tensors: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> Tensor | None:
+        """The definition: the term as a dense [N, K] tensor of `dtype`; None if it adds nothing to the weight."""
+
+    @abstractmethod
+    def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients from the factors dy [M, N] and x [M, K] of the weight gradient dyᵀ x, which is never formed.
+
+        One fresh tensor of the parameter's shape and dtype for each name in `trainable`.
+        """
+
+    @abstractmethod
+    def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same gradients from a dense weight gradient [N, K] (eager mode and consumers that were not fused)."""
+
+    def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Add the term into the dense `weight` [N, K] in place (terms with `folds`, and materialisation)."""
+        dense = self.dense(tensors, (weight.shape[0], weight.shape[1]), torch.float32)
+        if dense is not None:
+            weight.copy_(weight.to(torch.float32) + dense)
+
+    def add_product_(self, out: Tensor, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> None:
+        """out += x termᵀ, or x term if `transposed` (terms without `folds`). `out` [M, ·] and `x` share a dtype."""
+        raise AssertionError(f"term {self.kind!r} folds into the weight and has no product of its own")
+
+    def grad_shapes(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Empty tensors like those that `grads` returns, for fake tensors."""
+        by_name = dict(zip(self.tensor_names, tensors, strict=True))
+        return [by_name[name].new_empty(by_name[name].shape) for name in self.trainable]
+
+    def fields(self) -> dict[str, Any]:
+        return dict(vars(self))

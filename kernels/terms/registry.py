@@ -1,0 +1,20 @@
+"""The terms that exist, by kind. A new term is one new file and one entry here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rosa_fx.errors import RosaError
+from rosa_fx.kernels.terms.base import Term
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectTopK
+from rosa_fx.kernels.terms.low_rank import LowRank
+from rosa_fx.kernels.terms.sparse import Sparse
+
+TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, Sparse, CollectGradient, CollectTopK)}
+
+
+def term(kind: str, **fields: Any) -> Term:
+    """The term of that kind. Raises RosaError for an unknown kind."""
+    if kind not in TERMS:
+        raise RosaError(f"unknown delta term {kind!r}: use one of {', '.join(TERMS)}")
+    return TERMS[kind](**fields)

@@ -1,0 +1,51 @@
+"""The sparse term S in CSR (RoSA paper section 4, arXiv 2401.04679).
+
+Cost model on the CPU, per weight [N, K] with nnz entries and M rows: folding S into the dequantised weight touches nnz
+random elements of a buffer that was just written, against a separate x Sᵀ of 2·M·nnz scattered operations. Folding
+rounds D(Q)+S once to the dtype of the product, like the working copy of a weight in mixed-precision training whose
+master copy is float32: here `values` is that master copy and keeps every small step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rosa_fx.kernels.cpu.sparse import scatter_add_, sddmm
+from rosa_fx.kernels.terms.base import Shape, Term
+
+
+def row_indices(row_offsets: Tensor, nnz: int) -> Tensor:
+    """Row of each entry, int64 [nnz], without a host sync."""
+    rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)
+    return torch.repeat_interleave(rows, row_offsets.diff(), output_size=nnz)
+
+
+@dataclass(frozen=True)
+class Sparse(Term):
+    """S with `values` [nnz], `row_offsets` int32 [N + 1] and `cols` int32 [nnz], sorted within a row."""
+
+    kind: ClassVar[str] = "sparse"
+    tensor_names: ClassVar[tuple[str, ...]] = ("values", "row_offsets", "cols")
+    trainable: ClassVar[tuple[str, ...]] = ("values",)
+    folds: ClassVar[bool] = True
+
+    def dense(self, tensors: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        values, row_offsets, cols = tensors
+        out = values.new_zeros(shape, dtype=dtype)
+        return out.index_put((row_indices(row_offsets, values.numel()), cols.long()), values.to(dtype))
+
+    def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
+        scatter_add_(weight, *tensors)
+
+    def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        values, row_offsets, cols = tensors
+        return [sddmm(dy, x, row_offsets, cols, values.dtype)]
+
+    def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        values, row_offsets, cols = tensors
+        return [dW[row_indices(row_offsets, values.numel()), cols.long()].to(values.dtype)]

@@ -1,0 +1,120 @@
+"""Following a tensor through views and casts back to where it came from.
+
+`trace(node)` replays the chain of views on a *shadow*, a meta tensor laid over the source's contiguous storage, so that the
+shadow's sizes and strides say how the node's dimensions map to the source's. One rule then covers every spelling: `.t()`,
+`.mT`, permutes, reshapes, einsum's unsqueeze-permute-view chains, and copies and casts in between.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+# Change values' representation or memory at most, never which element is where.
+SAME_ELEMENTS = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.lift_fresh_copy.default,
+    torch.ops.prims.convert_element_type.default,
+}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """`source` seen through views: `shadow` has the node's sizes, and strides into the source's contiguous storage."""
+
+    source: Node
+    shadow: Tensor
+    cast: bool
+
+    def sizes_and_strides(self) -> list[tuple[int, int]]:
+        """(size, stride) of each dimension longer than 1."""
+        return [
+            (size, stride) for size, stride in zip(self.shadow.shape, self.shadow.stride(), strict=True) if size != 1
+        ]
+
+
+def _is_view(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        node.target.is_view or node.target is aten._unsafe_view.default or node.target is aten.reshape.default
+    )
+
+
+def value(node: object) -> Tensor | None:
+    """The fake tensor of a node, if it has one."""
+    found = node.meta.get("val") if isinstance(node, Node) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def trace(node: Node) -> Traced | None:
+    """The nearest ancestor of `node` that is neither view nor cast, and the shadow of `node` over it.
+
+    None if a step cannot be expressed by strides (a reshape that has to copy, sizes that are not static).
+    """
+    chain: list[Node] = []
+    while node.op == "call_function" and (_is_view(node) or node.target in SAME_ELEMENTS):
+        chain.append(node)
+        parent = node.args[0]
+        if not isinstance(parent, Node):
+            return None
+        node = parent
+    source = value(node)
+    if source is None or not all(isinstance(size, int) for size in source.shape):
+        return None
+    shadow = torch.empty(source.shape, device="meta")
+    cast = False
+    for step in reversed(chain):
+        if step.target in SAME_ELEMENTS:
+            val = value(step)
+            cast = cast or (val is not None and val.dtype != source.dtype)
+            continue
+        if any(isinstance(arg, Node) for arg in step.all_input_nodes[1:]):
+            return None
+        target = aten.view.default if step.target is aten._unsafe_view.default else step.target
+        if target is aten.reshape.default:
+            target = aten.view.default
+        try:
+            shadow = target(shadow, *step.args[1:], **step.kwargs)
+        except (RuntimeError, ValueError):
+            return None
+        if not isinstance(shadow, Tensor):
+            return None
+    return Traced(node, shadow, cast)
+
+
+def matrix_orientation(traced: Traced, shape: tuple[int, int]) -> bool | None:
+    """How a matrix over a contiguous source [N, K] lies: False as stored, True transposed, None neither.
+
+    Leading dimensions of size 1, or expanded (stride 0), do not count.
+    """
+    shadow = traced.shadow
+    if shadow.dim() < 2 or shadow.storage_offset() != 0:
+        return None
+    if any(size != 1 and stride != 0 for size, stride in zip(shadow.shape[:-2], shadow.stride()[:-2], strict=True)):
+        return None
+    rows, columns = shape
+    sizes, strides = tuple(shadow.shape[-2:]), shadow.stride()[-2:]
+
+    def lies(expected: tuple[int, int], expected_strides: tuple[int, int]) -> bool:
+        return sizes == expected and all(
+            size == 1 or stride == wanted for size, stride, wanted in zip(sizes, strides, expected_strides, strict=True)
+        )
+
+    if lies((columns, rows), (1, columns)):
+        return True
+    if lies((rows, columns), (columns, 1)):
+        return False
+    return None
+
+
+def is_getitem(node: Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem

@@ -1,0 +1,104 @@
+"""Masks and adapter tensors of a transformed model: reading, setting, and moving them as one flat dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rosa_fx.errors import RosaError
+from rosa_fx.mask import Mask
+from rosa_fx.state import state_of, weight_of
+from rosa_fx.weight import RosaWeight
+
+
+def masks(model: nn.Module) -> dict[str, Mask]:
+    """The masks that exist, by weight name."""
+    found = {name: w.sparse.mask for name, w in state_of(model).weights.items() if w.sparse is not None}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def set_masks(model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
+    """Set masks and let the sparse values of these weights train, from zero.
+
+    Args:
+        model: transformed.
+        masks: by weight name a `Mask`, or a bool tensor [N, K]; each with nnz = int(density·N·K) entries.
+
+    Raises:
+        RosaError: unknown name, no sparse part, wrong shape or number of entries, unsorted or out-of-range indices.
+            Then no mask is changed.
+    """
+    checked: dict[str, tuple[RosaWeight, Mask]] = {}
+    for name, given in masks.items():
+        weight = weight_of(model, name)
+        if weight.sparse is None:
+            raise RosaError(f"{name} has no sparse part (density 0): transform with density > 0 to set a mask")
+        mask = Mask.from_dense(given) if isinstance(given, Tensor) else given
+        mask.validate(name, weight.shape, weight.sparse.values.numel())
+        checked[name] = (weight, mask)
+    for weight, mask in checked.values():
+        assert weight.sparse is not None
+        weight.sparse.set_mask(mask)
+        with torch.no_grad():
+            weight.sparse.values.zero_()
+        weight.set_phase("joint")
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter tensor, by "<weight name>.low_rank.A" / ".low_rank.B" / ".sparse.values" / ".row_offsets" / ".cols".
+
+    The tensors are the live ones, detached. Weights without a mask have zero row offsets.
+    """
+    state: dict[str, Tensor] = {}
+    for name, weight in state_of(model).weights.items():
+        for part, tensor in _tensors(weight).items():
+            state[f"{name}.{part}"] = tensor.detach()
+    return state
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take over what `adapter_state` gave, into an equally transformed model; masks that came along are in force.
+
+    Raises:
+        RosaError: missing or additional names, other shapes or dtypes, NaN or infinity, a mask that is none. Then nothing
+            is changed.
+    """
+    weights = state_of(model).weights
+    expected = {f"{name}.{part}": tensor for name, w in weights.items() for part, tensor in _tensors(w).items()}
+    for key in sorted(expected.keys() ^ state.keys()):
+        raise RosaError(
+            f"{key} is {'missing from' if key in expected else 'not part of'} this adapter: the specs differ"
+        )
+    for key, tensor in state.items():
+        wanted = expected[key]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise RosaError(
+                f"{key} is {tensor.dtype} {list(tensor.shape)}, the model needs {wanted.dtype} {list(wanted.shape)}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RosaError(f"{key} holds NaN or infinity: load an earlier checkpoint")
+    with_mask = []
+    for name, weight in weights.items():
+        if weight.sparse is not None and bool(state[f"{name}.sparse.row_offsets"][-1] > 0):
+            offsets, cols = state[f"{name}.sparse.row_offsets"], state[f"{name}.sparse.cols"]
+            Mask(offsets, cols, weight.shape).validate(name, weight.shape, weight.sparse.values.numel())
+            with_mask.append(weight)
+    for key, tensor in state.items():
+        expected[key].copy_(tensor)
+    for weight in with_mask:
+        assert weight.sparse is not None
+        weight.sparse.has_mask = True
+        weight.set_phase("joint")
+
+
+def _tensors(weight: RosaWeight) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    if weight.low_rank is not None:
+        found |= {"low_rank.A": weight.low_rank.A, "low_rank.B": weight.low_rank.B}
+    if weight.sparse is not None:
+        sparse = weight.sparse
+        found |= {"sparse.values": sparse.values, "sparse.row_offsets": sparse.row_offsets, "sparse.cols": sparse.cols}
+    return found

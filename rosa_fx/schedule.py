@@ -1,0 +1,289 @@
+"""The RoSA phases by optimizer step, and the masks that they end in (paper section 4.2 and its reference schedule)."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_fx.errors import RosaError
+from rosa_fx.kernels.cpu.sparse import select_topk
+from rosa_fx.kernels.terms.collect import CollectTopK
+from rosa_fx.mask import Mask
+from rosa_fx.state import state_of
+from rosa_fx.weight import RosaWeight
+
+
+class Collector:
+    """What one weight has collected: a mask straight from one gradient, or a float32 sum over several.
+
+    `single` is set when one backward call is all there will be: the dense gradient is then dropped at once.
+    """
+
+    def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool) -> None:
+        assert weight.sparse is not None
+        self.name, self.weight, self.mode, self.single = name, weight, mode, single
+        self.nnz = weight.sparse.values.numel()
+        self.count = 0
+        self.total: Tensor | None = None
+        self.mask: Mask | None = None
+        self.overlapping = False
+
+    @torch.no_grad()
+    def add_gradient(self, probe: Tensor) -> None:
+        """Hook: the dense gradient of this backward call."""
+        gradient, probe.grad = probe.grad, None
+        assert gradient is not None
+        self.count += 1
+        if self.single:
+            self._once(self._select(gradient.abs_()))
+            return
+        score = gradient.square_() if self.mode == "mean_squared" else gradient
+        self.total = score if self.total is None else self.total.add_(score)
+
+    @torch.no_grad()
+    def add_mask(self, probe: Tensor) -> None:
+        """Hook: the mask that a compiled graph selected in this backward call."""
+        encoded, probe.grad = probe.grad, None
+        assert encoded is not None
+        self.count += 1
+        calls, rows, cols = CollectTopK.decode(encoded)
+        self.overlapping |= calls != 1
+        if not self.overlapping:
+            self._once(self._checked(rows, cols))
+
+    def finish(self) -> Mask:
+        """The mask. Raises RosaError, naming the weight, for NaN gradients and for gradients that cannot be told apart."""
+        if self.overlapping or (self.single and self.count > 1):
+            raise RosaError(
+                f"{self.name}: its gradient arrived in {max(self.count, 2)} parts while one backward call was expected; "
+                "give MaskSchedule the number of backward calls per optimizer step (micro_batches=...)"
+            )
+        if self.mask is not None:
+            return self.mask
+        if self.total is None:
+            warnings.warn(
+                f"{self.name} received no gradient while masks were collected: its mask is arbitrary", stacklevel=4
+            )
+            device = self.weight.base.tensors()[0].device
+            return self._select(torch.zeros(self.weight.shape, device=device))
+        return self._select(self.total.abs_())
+
+    def _once(self, mask: Mask) -> None:
+        self.mask = mask
+
+    def _select(self, score: Tensor) -> Mask:
+        row_offsets, cols = select_topk(score, self.nnz)
+        mask = Mask(row_offsets, cols, self.weight.shape)
+        if self.nnz and int(cols.min()) < 0:
+            raise RosaError(self._nan())
+        return mask
+
+    def _checked(self, rows: Tensor, cols: Tensor) -> Mask:
+        if self.nnz and int(cols.min()) < 0:
+            raise RosaError(self._nan())
+        return Mask.from_indices(rows, cols, self.weight.shape)
+
+    def _nan(self) -> str:
+        return (
+            f"{self.name}: its gradient holds NaN, so no mask can be chosen from it; check the batch and the loss of this "
+            "step, or lower the learning rate of the warm-up"
+        )
+
+
+def parse_schedule(schedule: str, has_low_rank: bool, has_sparse: bool) -> tuple[int | None, int | None]:
+    """(first collecting step, or None if nothing is collected; number of warm-up steps, or None if endless)."""
+    match = re.fullmatch(r"wl(\d+)", schedule)
+    if schedule not in ("spa_only", "lora_only") and match is None:
+        raise RosaError(f"schedule {schedule!r} is unknown: use wl{{n}} (such as wl64), spa_only or lora_only")
+    if schedule == "lora_only" or not has_sparse:
+        return None, None
+    if schedule == "spa_only" or not has_low_rank:
+        return 0, 0
+    assert match is not None
+    return int(match[1]), int(match[1])
+
+
+class MaskSchedule:
+    """Drives the RoSA phases in a training loop.
+
+    Call `begin_step()` before the first forward of an optimizer step and `end_step()` after `optimizer.step()`.
+    `wl{n}`: low-rank only for n steps; then `num_grads` steps that also collect gradients; masks are made in the `end_step()`
+    of the last of them, and from the next step low-rank and sparse train together. `spa_only` collects first and trains the
+    sparse part alone; `lora_only` never collects. Where masks are set already, nothing is collected.
+
+    Each backward call counts as one gradient (micro-batches square separately, as in the reference). With one backward
+    call in all, at most one layer's dense gradient exists at a time; otherwise one float32 sum per rewritten weight is kept
+    (4 bytes per base parameter), and compiled graphs hand over as much again at the end of each backward.
+
+    Args:
+        model: transformed.
+        schedule: the spec's if not given.
+        num_grads: collecting optimizer steps; the spec's if not given.
+        restart: the paper's second run. In the `end_step()` that makes the masks, both adapters return to their initial
+            state and train together from the next step; make a fresh optimizer then (`restarted` says when).
+        micro_batches: backward calls per optimizer step. If not given it is counted during warm-up steps; without any,
+            several are assumed.
+
+    Raises:
+        RosaError: unknown schedule, or one that does not fit the spec; a NaN gradient (naming the weight).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: str | None = None,
+        num_grads: int | None = None,
+        restart: bool = False,
+        *,
+        micro_batches: int | None = None,
+    ) -> None:
+        state = state_of(model)
+        self._weights = state.weights
+        self.schedule = state.spec.schedule if schedule is None else schedule
+        self.num_grads = state.spec.num_grads if num_grads is None else num_grads
+        self.grad_mode = state.spec.grad_mode
+        self.restart = restart
+        self.micro_batches = micro_batches
+        for field, number in (("num_grads", self.num_grads), ("micro_batches", micro_batches)):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                raise RosaError(f"{field} must be a whole number of at least 1, got {number!r}")
+        low_rank = any(w.low_rank is not None for w in self._weights.values())
+        sparse = [w for w in self._weights.values() if w.sparse is not None]
+        if self.schedule == "spa_only" and not sparse:
+            raise RosaError("schedule 'spa_only' needs density > 0 in the spec")
+        self._start, self._warmup = parse_schedule(self.schedule, low_rank, bool(sparse))
+        self._only_sparse = self.schedule == "spa_only" or not low_rank
+        self._had_masks = bool(sparse) and all(w.sparse is not None and w.sparse.has_mask for w in sparse)
+        self.step = 0
+        self.restarted = False
+        self._collectors: dict[str, Collector] = {}
+        self._counted = 0
+        self._learned: int | None = None
+        self._counter_handle: Any = None
+        self._apply()
+
+    @property
+    def phase(self) -> str:
+        """Of the current step (between `end_step` and `begin_step`: of the next): low_rank, collect, joint or sparse."""
+        if self._start is None or self._warmup is None or self.step < self._warmup:
+            return "low_rank"
+        if not self._had_masks and self.step < self._start + self.num_grads:
+            return "collect"
+        return "sparse" if self._only_sparse else "joint"
+
+    def begin_step(self) -> None:
+        """Before the first forward of an optimizer step."""
+        self._apply()
+        if self.phase == "low_rank":
+            self._count_backwards()
+
+    def end_step(self) -> None:
+        """After `optimizer.step()`. Makes the masks at the end of the last collecting step."""
+        self.restarted = False
+        self._stop_counting()
+        collecting = self.phase == "collect"
+        # Before the step counts: if a gradient was NaN, nothing has changed yet.
+        masks = self._make_masks() if collecting and self._last_collecting() else None
+        self.step += 1
+        if masks is not None:
+            for name, mask in masks.items():
+                sparse = self._weights[name].sparse
+                assert sparse is not None
+                sparse.set_mask(mask)
+            self._collectors = {}
+            if self.restart:
+                self._reset_adapters()
+                self.restarted = True
+        if masks is not None or not collecting:
+            self._apply()
+
+    # --- phases --------------------------------------------------------------------------------------------------
+
+    def _last_collecting(self) -> bool:
+        assert self._start is not None
+        return self.step == self._start + self.num_grads - 1
+
+    def _apply(self) -> None:
+        phase = {"sparse": "joint"}.get(self.phase, self.phase)
+        for name, weight in self._weights.items():
+            if weight.phase != phase:
+                weight.set_phase(phase)
+            if phase == "collect" and weight.sparse is not None and name not in self._collectors:
+                self._arm(name, weight)
+
+    def _arm(self, name: str, weight: RosaWeight) -> None:
+        calls = self.micro_batches or self._learned
+        single = self.num_grads == 1 and calls == 1
+        collector = Collector(name, weight, self.grad_mode, single)
+        self._collectors[name] = collector
+        weight.start_probes(collector.add_gradient, collector.add_mask if single else None)
+
+    def _make_masks(self) -> dict[str, Mask]:
+        return {name: collector.finish() for name, collector in self._collectors.items()}
+
+    @torch.no_grad()
+    def _reset_adapters(self) -> None:
+        for weight in self._weights.values():
+            if weight.low_rank is not None:
+                weight.low_rank.reset()
+            if weight.sparse is not None:
+                weight.sparse.values.zero_()
+
+    # --- how many backward calls make a step ---------------------------------------------------------------------
+
+    def _count_backwards(self) -> None:
+        if self.micro_batches is not None or self._start is None or self.step != self._start - 1:
+            return
+        counted = next(w.low_rank.B for w in self._weights.values() if w.low_rank is not None)
+        self._counted = 0
+        self._counter_handle = counted.register_post_accumulate_grad_hook(self._count)
+
+    def _count(self, parameter: Tensor) -> None:
+        self._counted += 1
+
+    def _stop_counting(self) -> None:
+        if self._counter_handle is not None:
+            self._counter_handle.remove()
+            self._counter_handle = None
+            # A weight that took no part tells nothing: assume several.
+            self._learned = self._counted or None
+
+    # --- exact resume --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat: JSON values, and tensors under `total.<name>`, for an exact continuation between two steps."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "schedule": self.schedule,
+            "num_grads": self.num_grads,
+            "restart": self.restart,
+            "restarted": self.restarted,
+            "had_masks": self._had_masks,
+            "learned": -1 if self._learned is None else self._learned,
+        }
+        for name, collector in self._collectors.items():
+            state[f"count.{name}"] = collector.count
+            if collector.total is not None:
+                state[f"total.{name}"] = collector.total
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises RosaError if it belongs to another schedule."""
+        for field in ("schedule", "num_grads", "restart"):
+            if state[field] != getattr(self, field):
+                raise RosaError(f"the saved schedule has {field}={state[field]!r}, this one {getattr(self, field)!r}")
+        self.step = int(state["step"])
+        self.restarted = bool(state["restarted"])
+        self._had_masks = bool(state["had_masks"])
+        self._learned = None if state["learned"] < 0 else int(state["learned"])
+        self._collectors = {}
+        self._apply()
+        for name, collector in self._collectors.items():
+            collector.count = int(state.get(f"count.{name}", 0))
+            total = state.get(f"total.{name}")
+            if total is not None:
+                collector.total = total.to(device=self._weights[name].base.tensors()[0].device, copy=True)
