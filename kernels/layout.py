@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Layout:
         return _encode(self)
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(key: str) -> Layout:
         data = json.loads(key)
         return Layout(
@@ -74,7 +74,7 @@ class Layout:
         return all(item.additive for item in self.terms)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _encode(layout: Layout) -> str:
     return json.dumps(
         {

@@ -4,34 +4,53 @@
     materialize_backward(mm(...) + mm(...)) -> sum of linear_grads       (several uses of one weight)
     materialize_backward(mm(...) + rest)    -> linear_grads + materialize_backward(rest)
 
-A layout whose terms do not add up over uses (mask selection) is fused for a single product only: then its several backward
+A layout whose terms do not add up over uses (mask selection) is fused for a single product only: its several backward
 nodes are first joined into one, because a mask belongs to the whole gradient of a weight.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.passes.fuse_linear import emit, emit_transpose
-from rosa_fx.passes.views import SAME_ELEMENTS, _is_view, is_getitem, matrix_orientation, trace, value
+from rosa_fx.passes.views import SAME_ELEMENTS, is_getitem, is_view, matrix_orientation, trace, value
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
-Factors = tuple[Node, Node]
+
+@dataclass(frozen=True)
+class Factors:
+    """dW = scale · left @ right, left [N, M] and right [M, K], or both with a batch dimension that is summed over."""
+
+    left: Node
+    right: Node
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Summand:
+    """scale · node, one summand of a weight gradient."""
+
+    node: Node
+    scale: float = 1.0
 
 
 def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
     """Rewrite one `materialize_backward` node: (fused products, reason if something stayed dense)."""
     dW, delta, key = node.args
-    assert isinstance(dW, Node) and isinstance(delta, (list, tuple))
+    assert isinstance(dW, Node)
+    assert isinstance(delta, (list, tuple))
     layout = Layout.parse(str(key))
     fused: list[Factors] = []
-    rest: list[Node] = []
+    rest: list[Summand] = []
     for summand in _summands(dW):
         factors = _factors(summand, layout.shape)
         if factors is None:
@@ -39,81 +58,92 @@ def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
         else:
             fused.append(factors)
     if not fused:
-        return 0, _describe(rest[0])
+        return 0, _describe(rest[0].node)
     if not layout.additive and (rest or len(fused) > 1):
         return 0, f"mask selection over {len(fused) + len(rest)} uses of one weight takes the dense gradient"
     results: list[Node] = []
     with graph.inserting_before(node):
-        for left, right in fused:
-            dy, x = _rows(graph, left, swap=True), _rows(graph, right, swap=False)
+        for factors in fused:
+            dy, x = emit_transpose(graph, factors.left), factors.right
+            if factors.scale != 1:
+                dy = emit(graph, aten.mul.Tensor, dy, factors.scale)
             results.append(emit(graph, ops.linear_grads.default, dy, x, delta, key))
         if rest:
-            total = rest[0]
+            total = _scaled(graph, rest[0])
             for other in rest[1:]:
-                total = emit(graph, aten.add.Tensor, total, other)
+                total = emit(graph, aten.add.Tensor, total, _scaled(graph, other))
             results.append(emit(graph, ops.materialize_backward.default, total, delta, key))
     _replace_items(graph, node, results)
-    return len(fused), _describe(rest[0]) if rest else ""
+    return len(fused), _describe(rest[0].node) if rest else ""
 
 
-def _summands(node: Node) -> list[Node]:
-    """The summands of a weight gradient, looking through additions under casts that do not move elements."""
+def _scaled(graph: Graph, summand: Summand) -> Node:
+    return summand.node if summand.scale == 1 else emit(graph, aten.mul.Tensor, summand.node, summand.scale)
+
+
+def _summands(node: Node, scale: float = 1.0) -> list[Summand]:
+    """The summands of a weight gradient, looking through additions and constant factors, under casts and copies."""
     inner = node
     while inner.target in SAME_ELEMENTS and isinstance(inner.args[0], Node):
         inner = inner.args[0]
+    if inner.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(inner.args[0], Node):
+        factor = inner.args[1]
+        if isinstance(factor, (int, float)):
+            return _summands(inner.args[0], scale * factor)
     if inner.target is aten.add.Tensor and not inner.kwargs:
         left, right = inner.args[:2]
         if isinstance(left, Node) and isinstance(right, Node):
             sizes = {tuple(v.shape) if (v := value(n)) is not None else None for n in (left, right, inner)}
             if len(sizes) == 1:
-                return _summands(left) + _summands(right)
-    return [node]
+                return _summands(left, scale) + _summands(right, scale)
+    return [Summand(node, scale)]
 
 
-def _factors(node: Node, shape: tuple[int, int]) -> Factors | None:
-    """(left [N, M], right [M, K]) nodes with node = left @ right, each 2-D or with one batch dimension of size 1.
+def _factors(summand: Summand, shape: tuple[int, int]) -> Factors | None:
+    """The factors of a summand that is a matrix product, seen through views, or a batched one summed over its batch.
 
-    A transposed product is turned round: dW = (a b)ᵀ = bᵀ aᵀ, which the caller's `_rows` undoes without a copy.
+    A transposed product is turned round, dW = (a b)ᵀ = bᵀ aᵀ, by views.
     """
-    traced = trace(node)
-    if traced is None or traced.source.target not in (aten.mm.default, aten.bmm.default):
+    traced = trace(summand.node)
+    if traced is None or tuple(_without_ones(traced.shadow.shape)) != tuple(shape):
         return None
     product = traced.source
-    val = value(product)
+    if product.target is aten.sum.dim_IntList and product.args[1] == [0] and isinstance(product.args[0], Node):
+        summed = value(product)
+        product = product.args[0]
+        if product.target is not aten.bmm.default or summed is None:
+            return None
+    elif product.target is aten.bmm.default:
+        batched = value(product)
+        if batched is None or batched.shape[0] != 1:
+            return None
+    elif product.target is not aten.mm.default:
+        return None
     left, right = product.args
+    val = value(product)
     if val is None or not (isinstance(left, Node) and isinstance(right, Node)):
         return None
-    if val.dim() == 3 and val.shape[0] != 1:
+    orientation = matrix_orientation(traced, (val.shape[-2], val.shape[-1]))
+    if orientation is None:
         return None
-    rows, columns = val.shape[-2], val.shape[-1]
-    shadow_shape = traced.shadow.shape
-    if tuple(shadow_shape[-2:]) != tuple(shape) or traced.shadow.numel() != shape[0] * shape[1]:
-        return None
-    orientation = matrix_orientation(traced, (rows, columns))
-    if orientation is False:
-        return left, right
-    if orientation is True:
-        graph = product.graph
-        with graph.inserting_before(product):
-            return emit_transpose(graph, right), emit_transpose(graph, left)
-    return None
+    if orientation:
+        with product.graph.inserting_before(product):
+            left, right = emit_transpose(product.graph, right), emit_transpose(product.graph, left)
+    return Factors(left, right, summand.scale)
 
 
-def _rows(graph: Graph, node: Node, *, swap: bool) -> Node:
-    """A factor as [M, ·]: batch dimension of 1 dropped, dyᵀ turned back to dy."""
-    val = value(node)
-    if val is not None and val.dim() == 3:
-        node = emit(graph, aten.squeeze.dim, node, 0)
-    return emit_transpose(graph, node) if swap else node
+def _without_ones(sizes: Sequence[int]) -> Sequence[int]:
+    """Sizes without leading dimensions of 1."""
+    return sizes[-2:] if len(sizes) >= 2 and all(size == 1 for size in sizes[:-2]) else sizes
 
 
 def _replace_items(graph: Graph, node: Node, results: list[Node]) -> None:
     for item in list(node.users):
         assert is_getitem(item)
         with graph.inserting_before(item):
-            total = emit(graph, item.target, results[0], item.args[1])
+            total = emit(graph, operator.getitem, results[0], item.args[1])
             for other in results[1:]:
-                total = emit(graph, aten.add.Tensor, total, emit(graph, item.target, other, item.args[1]))
+                total = emit(graph, aten.add.Tensor, total, emit(graph, operator.getitem, other, item.args[1]))
         item.replace_all_uses_with(total)
         graph.erase_node(item)
     graph.erase_node(node)
@@ -140,7 +170,7 @@ def join_backwards(graph: Graph) -> None:
             for item in list(node.users):
                 with graph.inserting_before(item):
                     if node is last:
-                        new = emit(graph, item.target, joined, item.args[1])
+                        new = emit(graph, operator.getitem, joined, item.args[1])
                     else:
                         new = emit(
                             graph, aten.zeros_like.default, _like(delta=node.args[1], key=node.args[2], item=item)
@@ -158,7 +188,7 @@ def _like(delta: object, key: object, item: Node) -> Node:
 def _describe(node: Node) -> str:
     while (
         node.op == "call_function"
-        and (_is_view(node) or node.target in SAME_ELEMENTS)
+        and (is_view(node) or node.target in SAME_ELEMENTS)
         and isinstance(node.args[0], Node)
     ):
         node = node.args[0]

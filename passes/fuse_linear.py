@@ -3,8 +3,8 @@
     mm(x, Wᵀ) -> linear(x)       mm(x, W) -> linear_t(x)         with or without bias, batched with one or an expanded W
     mm(W, x)  -> linear(xᵀ)ᵀ     mm(Wᵀ, x) -> linear_t(xᵀ)ᵀ      mv likewise
 
-It holds for forward and backward alike: grad-input is dy W. The weight may reach the product through any chain of views and
-casts; the fused operator computes in the dtype of the activation.
+It holds for forward and backward alike: grad-input is dy W. The weight may reach the product through any chain of
+views and casts; the fused operator computes in the dtype of the activation.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _foldable_bias(node: Node, bias: Any, on_left: bool) -> bool:
     """A [columns] bias, unscaled, goes into the operator; anything else is added after it."""
     val = value(bias)
     unscaled = node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1
-    return val is not None and val.dim() == 1 and unscaled and not on_left and node.target is aten.addmm.default
+    if val is None or on_left or node.target is not aten.addmm.default:
+        return False
+    return unscaled and val.dim() == 1
 
 
 def _add_bias(graph: Graph, node: Node, bias: Any, product: Node) -> Node:

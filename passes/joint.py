@@ -1,8 +1,8 @@
 """The graph pass: every pair (materialised weight, linear consumer) in Inductor's joint graph becomes a fused operator.
 
-The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and the
-backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients, account for
-what is left. What is left stays right: the dense weight is computed for it, and the report says why.
+The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and
+the backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients,
+account for what is left. What is left stays right: the dense weight is computed for it, and the report says why.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rosa_fx.kernels.layout import Layout
 from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.report import GraphReport, source_line, weight_name
-from rosa_fx.passes.views import SAME_ELEMENTS, _is_view, value
+from rosa_fx.passes.views import SAME_ELEMENTS, is_view, value
 
 ops = torch.ops.rosa_fx
 
@@ -86,7 +86,7 @@ def _merge_equal(weights: list[Node]) -> None:
 def _consumers(node: Node) -> list[Node]:
     found: list[Node] = []
     for user in node.users:
-        if user.op == "call_function" and (_is_view(user) or user.target in SAME_ELEMENTS):
+        if user.op == "call_function" and (is_view(user) or user.target in SAME_ELEMENTS):
             found += _consumers(user)
         else:
             found.append(user)

@@ -1,14 +1,15 @@
 """Following a tensor through views and casts back to where it came from.
 
-`trace(node)` replays the chain of views on a *shadow*, a meta tensor laid over the source's contiguous storage, so that the
-shadow's sizes and strides say how the node's dimensions map to the source's. One rule then covers every spelling: `.t()`,
-`.mT`, permutes, reshapes, einsum's unsqueeze-permute-view chains, and copies and casts in between.
+`trace(node)` replays the chain of views on a *shadow*, a meta tensor laid over the source's contiguous storage, so that
+the shadow's sizes and strides say how the node's dimensions map to the source's. One rule then covers every spelling:
+`.t()`, `.mT`, permutes, reshapes, einsum's unsqueeze-permute-view chains, and copies and casts in between.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Traced:
         ]
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and (
         node.target.is_view or node.target is aten._unsafe_view.default or node.target is aten.reshape.default
     )
@@ -61,7 +62,7 @@ def trace(node: Node) -> Traced | None:
     None if a step cannot be expressed by strides (a reshape that has to copy, sizes that are not static).
     """
     chain: list[Node] = []
-    while node.op == "call_function" and (_is_view(node) or node.target in SAME_ELEMENTS):
+    while node.op == "call_function" and (is_view(node) or node.target in SAME_ELEMENTS):
         chain.append(node)
         parent = node.args[0]
         if not isinstance(parent, Node):
@@ -79,9 +80,8 @@ def trace(node: Node) -> Traced | None:
             continue
         if any(isinstance(arg, Node) for arg in step.all_input_nodes[1:]):
             return None
-        target = aten.view.default if step.target is aten._unsafe_view.default else step.target
-        if target is aten.reshape.default:
-            target = aten.view.default
+        copying = step.target in (aten._unsafe_view.default, aten.reshape.default)
+        target: Any = aten.view.default if copying else step.target
         try:
             shadow = target(shadow, *step.args[1:], **step.kwargs)
         except (RuntimeError, ValueError):

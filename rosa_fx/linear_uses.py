@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,27 +49,64 @@ class Uses:
     lookups: frozenset[str]  # indexed by something that is no slice or constant, or the table of an `embedding` call
 
 
-@functools.lru_cache(maxsize=4096)
-def attribute_uses(cls: type) -> Uses:
-    """How the methods of ``cls`` and of its bases below ``torch`` use attributes of ``self``.
+def attribute_uses(cls: type, attribute: str | None = None) -> Uses:
+    """How the methods of ``cls`` and of its bases outside ``torch`` use attributes of ``self``.
 
     A use is found directly or through local variables, views and casts (``.T``, ``.t()``, ``.transpose``, ``.view``,
     ``.to``, slices, ``chunk``, ...), in ``@`` or as an argument of ``linear``, ``matmul``, ``mm``, ``bmm``, ``addmm``,
     ``baddbmm``, ``einsum`` or ``tensordot``. A class without readable source contributes nothing. Code is not run.
+
+    With ``attribute``, classes whose compiled methods never name it may be left out: reading source costs about a
+    second for the large base classes that a Hugging Face model has.
     """
-    reader = _Reader()
+    products: set[str] = set()
+    lookups: set[str] = set()
     for each in cls.__mro__:
         if each is object or each.__module__.partition(".")[0] == "torch":
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
-        except (OSError, TypeError, SyntaxError):
-            continue  # made at run time or in an interpreter without source: nothing can be said
-        for definition in tree.body:
-            for method in definition.body if isinstance(definition, ast.ClassDef) else ():
-                if isinstance(method, ast.FunctionDef) and method.args.args:
-                    reader.method(method)
+        if attribute is None or attribute in _names_in(each):
+            uses = _own_uses(each)
+            products |= uses.products
+            lookups |= uses.lookups
+    return Uses(frozenset(products), frozenset(lookups))
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_uses(cls: type) -> Uses:
+    """The uses in the body of this one class."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return Uses(frozenset(), frozenset())  # made at run time or in an interpreter without source
+    reader = _Reader()
+    for definition in tree.body:
+        for method in definition.body if isinstance(definition, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and method.args.args:
+                reader.method(method)
     return Uses(frozenset(reader.products), frozenset(reader.lookups))
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_in(cls: type) -> frozenset[str]:
+    """Every global and attribute name in the compiled methods of this one class, decorated ones included."""
+    names: set[str] = set()
+    members = [value.fget if isinstance(value, property) else value for value in vars(cls).values()]
+    pending: list[Any] = [inspect.unwrap(value) for value in members if callable(value)]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.CodeType):
+            names.update(value.co_names)
+            pending += [constant for constant in value.co_consts if isinstance(constant, types.CodeType)]
+        elif isinstance(value, types.FunctionType):
+            pending.append(value.__code__)
+            # A decorator that hides what it wraps still holds it in a cell.
+            cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]
+            pending += [cell.cell_contents for cell in cells]
+    return frozenset(names)
 
 
 def uses_linearly(modules: dict[str, nn.Module], names: Iterable[str]) -> bool:
@@ -83,7 +121,7 @@ def uses_linearly(modules: dict[str, nn.Module], names: Iterable[str]) -> bool:
         parts = name.split(".")
         for depth in range(len(parts)):
             cls: Any = type(modules[".".join(parts[:depth])])
-            uses = attribute_uses(cls)
+            uses = attribute_uses(cls, parts[depth])
             path = ".".join(parts[depth:])
             if path in uses.lookups:
                 return False

@@ -85,7 +85,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
     model = unwrap(model)
     graphs: list[GraphReport] = []
     backend = capture_backend(lambda graph: graphs.append(rewrite(graph, strict=False)))
-    captured = torch.compile(model, backend=backend, isolate_recompiles=True)
+    compile_: Any = torch.compile  # its stubs do not know isolate_recompiles
+    captured = compile_(model, backend=backend, isolate_recompiles=True)
     with _unchanged(model), _counted() as counted, torch.enable_grad():
         captured(*args, **kwargs)
     counts: dict[str, int] = {}

@@ -1,7 +1,8 @@
 """The parametrisation that stands for one rewritten weight: frozen base, low-rank part, sparse part.
 
 A module whose weight is rewritten computes `module.weight` from here, so that every spelling of a linear reads the
-right dense weight in eager mode. Inside `torch.compile` the graph pass replaces weight and consumer by a fused operator.
+right dense weight in eager mode. Inside `torch.compile` the graph pass replaces weight and
+consumer by a fused operator.
 """
 
 from __future__ import annotations
@@ -141,9 +142,9 @@ class RosaWeight(nn.Module):
         return ()
 
     def forward(self) -> Tensor:
-        base, delta = self.base.tensors(), []
+        delta: list[Tensor] = []
         if self.low_rank is not None:
-            A = self.low_rank.A
+            A: Tensor = self.low_rank.A
             if self.dropout > 0 and self.training:
                 # Dropout of input features in weight space: (x ∘ m) Aᵀ = x (A ∘ m)ᵀ with one mask for all rows of x.
                 A = A * nn.functional.dropout(A.new_ones(A.shape[1]), self.dropout)
@@ -160,7 +161,7 @@ class RosaWeight(nn.Module):
             elif self.probe is not None:
                 delta.append(self.probe)
                 key = self.collect_key
-        return ops.materialize(base, delta, key)
+        return ops.materialize(self.base.tensors(), delta, key)
 
     def terms(self) -> tuple[Term, ...]:
         """The terms of the current phase that contribute to the weight."""
