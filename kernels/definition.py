@@ -46,9 +46,7 @@ def linear(x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequen
     return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
-def linear_t(
-    dy: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], layout: Layout
-) -> Tensor:
+def linear_t(dy: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], layout: Layout) -> Tensor:
     dtype = accumulate_dtype(dy.dtype)
     out = dy.to(dtype) @ dense_weight(base, delta, layout, dtype)
     return (out if bias is None else out + bias.to(dtype)).to(dy.dtype)

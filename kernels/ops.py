@@ -2,7 +2,7 @@
 
 `definition.py` says what each computes. The composition here needs, per layer and product, one dequantised weight that
 lives as long as the call, one GEMM by the vendor's library, and the terms: what folds is added into that weight, what does
-not is added to the product in the accumulator of a second, thin GEMM. Its floor is the GEMM of a frozen dense weight.
+not is added to the product: in float32 by a second, thin GEMM, in lower precision inside the accumulator of the first. Its floor is the GEMM of a frozen dense weight.
 
 Nothing here is differentiable twice.
 """
@@ -24,21 +24,27 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _product(
-    x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str, transposed: bool
-) -> Tensor:
+def _product(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str, transposed: bool) -> Tensor:
     parsed = Layout.parse(layout)
     terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
     folded = [(item, tensors) for item, tensors in terms if item.folds]
     weight = (parsed.base.dequantize if folded else parsed.base.read)(base, parsed.shape, x.dtype)
     for item, tensors in folded:
         item.fold_(weight, tensors)
-    rows = _flat(x)
-    right = weight if transposed else weight.t()
+    rows, right = _flat(x), weight if transposed else weight.t()
+    pairs = [item.factors(rows, tensors, transposed) for item, tensors in terms if not item.folds]
+    if pairs and x.dtype in (torch.bfloat16, torch.float16):
+        # y rounded to 8 or 11 bits would swallow an early delta, so the terms ride in the accumulator of one GEMM:
+        # y = [x, x Aᵀ] [W, s B]ᵀ. It costs a copy of x and of the weight just written, and saves the passes over y.
+        rows = torch.cat([rows, *(left for left, _ in pairs)], dim=1)
+        if transposed:
+            right = torch.cat([weight, *(thin for _, thin in pairs)], dim=0)
+        else:
+            right = torch.cat([weight, *(thin.t() for _, thin in pairs)], dim=1).t()
+        pairs = []
     out = rows @ right if bias is None else torch.addmm(bias.to(x.dtype), rows, right)
-    for item, tensors in terms:
-        if not item.folds:
-            item.add_product_(out, rows, tensors, transposed)
+    for left, thin in pairs:
+        out.addmm_(left, thin)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 

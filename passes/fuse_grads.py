@@ -172,12 +172,19 @@ def join_backwards(graph: Graph) -> None:
                     if node is last:
                         new = emit(graph, operator.getitem, joined, item.args[1])
                     else:
-                        new = emit(
-                            graph, aten.zeros_like.default, _like(delta=node.args[1], key=node.args[2], item=item)
-                        )
+                        new = _zeros(graph, _like(delta=node.args[1], key=node.args[2], item=item))
                 item.replace_all_uses_with(new)
                 graph.erase_node(item)
             graph.erase_node(node)
+
+
+def _zeros(graph: Graph, like: Node) -> Node:
+    """Zeros as a decomposed graph spells them: Inductor has no lowering of `zeros_like`."""
+    val = value(like)
+    assert val is not None
+    new = graph.call_function(aten.full.default, (list(val.shape), 0), {"dtype": val.dtype, "device": val.device})
+    new.meta["val"] = aten.full.default(*new.args, **new.kwargs)
+    return new
 
 
 def _like(delta: object, key: object, item: Node) -> Node:
@@ -186,11 +193,7 @@ def _like(delta: object, key: object, item: Node) -> Node:
 
 
 def _describe(node: Node) -> str:
-    while (
-        node.op == "call_function"
-        and (is_view(node) or node.target in SAME_ELEMENTS)
-        and isinstance(node.args[0], Node)
-    ):
+    while node.op == "call_function" and (is_view(node) or node.target in SAME_ELEMENTS) and isinstance(node.args[0], Node):
         node = node.args[0]
     val = value(node)
     shape = "" if val is None else f" {list(val.shape)}"

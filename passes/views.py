@@ -39,9 +39,7 @@ class Traced:
 
     def sizes_and_strides(self) -> list[tuple[int, int]]:
         """(size, stride) of each dimension longer than 1."""
-        return [
-            (size, stride) for size, stride in zip(self.shadow.shape, self.shadow.stride(), strict=True) if size != 1
-        ]
+        return [(size, stride) for size, stride in zip(self.shadow.shape, self.shadow.stride(), strict=True) if size != 1]
 
 
 def is_view(node: Node) -> bool:

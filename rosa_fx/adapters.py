@@ -30,6 +30,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
         RosaError: unknown name, no sparse part, wrong shape or number of entries, unsorted or out-of-range indices.
             Then no mask is changed.
     """
+    state_of(model)
     checked: dict[str, tuple[RosaWeight, Mask]] = {}
     for name, given in masks.items():
         weight = weight_of(model, name)
@@ -69,9 +70,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     weights = state_of(model).weights
     expected = {f"{name}.{part}": tensor for name, w in weights.items() for part, tensor in _tensors(w).items()}
     for key in sorted(expected.keys() ^ state.keys()):
-        raise RosaError(
-            f"{key} is {'missing from' if key in expected else 'not part of'} this adapter: the specs differ"
-        )
+        raise RosaError(f"{key} is {'missing from' if key in expected else 'not part of'} this adapter: the specs differ")
     for key, tensor in state.items():
         wanted = expected[key]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
@@ -80,18 +79,14 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RosaError(f"{key} holds NaN or infinity: load an earlier checkpoint")
-    with_mask = []
     for name, weight in weights.items():
-        if weight.sparse is not None and bool(state[f"{name}.sparse.row_offsets"][-1] > 0):
+        if weight.sparse is not None and bool(state[f"{name}.sparse.row_offsets"].any()):
             offsets, cols = state[f"{name}.sparse.row_offsets"], state[f"{name}.sparse.cols"]
             Mask(offsets, cols, weight.shape).validate(name, weight.shape, weight.sparse.values.numel())
-            with_mask.append(weight)
     for key, tensor in state.items():
         expected[key].copy_(tensor)
-    for weight in with_mask:
-        assert weight.sparse is not None
-        weight.sparse.has_mask = True
-        weight.set_phase("joint")
+    for weight in weights.values():
+        weight.follow_mask()
 
 
 def _tensors(weight: RosaWeight) -> dict[str, Tensor]:

@@ -243,9 +243,7 @@ class _Reader(ast.NodeVisitor):
     visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = _comprehension
 
     def _loop(self, target: ast.expr, iterated: ast.expr) -> None:
-        if not (
-            isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name) and iterated.func.id in _ITERATORS
-        ):
+        if not (isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name) and iterated.func.id in _ITERATORS):
             self._bind(target, self._paths(iterated))
             return
         columns = [self._paths(each) for each in iterated.args]

@@ -34,9 +34,7 @@ class Mask:
     def rows(self) -> Tensor:
         """Row of each entry, int64 [nnz]."""
         counts = self.row_offsets.diff().long()
-        return torch.repeat_interleave(
-            torch.arange(self.shape[0], device=self.cols.device), counts, output_size=self.nnz
-        )
+        return torch.repeat_interleave(torch.arange(self.shape[0], device=self.cols.device), counts, output_size=self.nnz)
 
     @staticmethod
     def from_dense(dense: Tensor) -> Mask:
@@ -69,7 +67,7 @@ class Mask:
                 f"{name}: the mask has {self.nnz} entries, the weight trains {nnz} (= int(density * N * K)); "
                 "make the mask with that many, or transform with another density"
             )
-        if int(offsets[0]) != 0 or int(offsets[-1]) != nnz or bool((offsets.diff() < 0).any()):
+        if int(offsets[0]) != 0 or int(offsets[-1]) != nnz or bool((offsets.long().diff() < 0).any()):
             raise RosaError(f"{name}: row_offsets must rise from 0 to nnz = {nnz}")
         if nnz and (int(cols.min()) < 0 or int(cols.max()) >= shape[1]):
             raise RosaError(f"{name}: column {int(cols.min())}..{int(cols.max())} outside 0..{shape[1] - 1}")

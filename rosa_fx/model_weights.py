@@ -147,6 +147,4 @@ class ModelWeights:
 
 def is_conv1d(module: nn.Module) -> bool:
     """True for Hugging Face's ``Conv1D``, a linear layer with a weight ``[in, out]`` (found without importing it)."""
-    return any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
-    )
+    return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__)

@@ -20,12 +20,13 @@ from rosa_fx.weight import RosaWeight
 class Collector:
     """What one weight has collected: a mask straight from one gradient, or a float32 sum over several.
 
-    `single` is set when one backward call is all there will be: the dense gradient is then dropped at once.
+    `single` is set when one backward call is all there will be: the dense gradient is then dropped at once. `limit` is the
+    number of backward calls that the caller declared, if any.
     """
 
-    def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool) -> None:
+    def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None) -> None:
         assert weight.sparse is not None
-        self.name, self.weight, self.mode, self.single = name, weight, mode, single
+        self.name, self.weight, self.mode, self.single, self.limit = name, weight, mode, single, limit
         self.nnz = weight.sparse.values.numel()
         self.count = 0
         self.total: Tensor | None = None
@@ -57,17 +58,16 @@ class Collector:
 
     def finish(self) -> Mask:
         """The mask. Raises RosaError, naming the weight, for NaN gradients and for gradients that cannot be told apart."""
-        if self.overlapping or (self.single and self.count > 1):
+        expected = 1 if self.single else self.limit
+        if self.overlapping or (expected is not None and self.count > expected):
             raise RosaError(
-                f"{self.name}: its gradient arrived in {max(self.count, 2)} parts while one backward call was expected; "
-                "give MaskSchedule the number of backward calls per optimizer step (micro_batches=...)"
+                f"{self.name}: its gradient arrived in {max(self.count, 2)} parts while {expected} backward call(s) were "
+                "expected; give MaskSchedule the number of backward calls per optimizer step (micro_batches=...)"
             )
         if self.mask is not None:
             return self.mask
         if self.total is None:
-            warnings.warn(
-                f"{self.name} received no gradient while masks were collected: its mask is arbitrary", stacklevel=4
-            )
+            warnings.warn(f"{self.name} received no gradient while masks were collected: its mask is arbitrary", stacklevel=4)
             device = self.weight.base.tensors()[0].device
             return self._select(torch.zeros(self.weight.shape, device=device))
         return self._select(self.total.abs_())
@@ -113,7 +113,8 @@ class MaskSchedule:
     Call `begin_step()` before the first forward of an optimizer step and `end_step()` after `optimizer.step()`.
     `wl{n}`: low-rank only for n steps; then `num_grads` steps that also collect gradients; masks are made in the `end_step()`
     of the last of them, and from the next step low-rank and sparse train together. `spa_only` collects first and trains the
-    sparse part alone; `lora_only` never collects. Where masks are set already, nothing is collected.
+    sparse part alone; `lora_only` never collects. Where all masks are set already, nothing is collected; a weight whose mask
+    is set keeps it in any case. If the first collecting step fails (a NaN gradient), it may be done again from `begin_step()`.
 
     Each backward call counts as one gradient (micro-batches square separately, as in the reference). With one backward
     call in all, at most one layer's dense gradient exists at a time; otherwise one float32 sum per rewritten weight is kept
@@ -129,7 +130,8 @@ class MaskSchedule:
             several are assumed.
 
     Raises:
-        RosaError: unknown schedule, or one that does not fit the spec; a NaN gradient (naming the weight).
+        RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a NaN gradient,
+            from `backward()` or `end_step()`; more backward calls than declared, from `end_step()`. No mask is set then.
     """
 
     def __init__(
@@ -155,15 +157,21 @@ class MaskSchedule:
         sparse = [w for w in self._weights.values() if w.sparse is not None]
         if self.schedule == "spa_only" and not sparse:
             raise RosaError("schedule 'spa_only' needs density > 0 in the spec")
+        if self.schedule == "lora_only" and not low_rank:
+            raise RosaError("schedule 'lora_only' needs rank > 0 in the spec")
         self._start, self._warmup = parse_schedule(self.schedule, low_rank, bool(sparse))
         self._only_sparse = self.schedule == "spa_only" or not low_rank
-        self._had_masks = bool(sparse) and all(w.sparse is not None and w.sparse.has_mask for w in sparse)
+        self._had_masks = self._all_masked()
         self.step = 0
         self.restarted = False
         self._collectors: dict[str, Collector] = {}
         self._counted = 0
         self._learned: int | None = None
         self._counter_handle: Any = None
+        if self.schedule == "spa_only":
+            for weight in self._weights.values():
+                if weight.low_rank is not None:
+                    weight.low_rank.requires_grad_(False)
         self._apply()
 
     @property
@@ -177,6 +185,10 @@ class MaskSchedule:
 
     def begin_step(self) -> None:
         """Before the first forward of an optimizer step."""
+        if self._start is not None and self.step <= self._start:
+            # Nothing is collected yet: masks set since then count, and a first collecting step that failed starts afresh.
+            self._had_masks = self._all_masked()
+            self._collectors = {}
         self._apply()
         if self.phase == "low_rank":
             self._count_backwards()
@@ -203,6 +215,11 @@ class MaskSchedule:
 
     # --- phases --------------------------------------------------------------------------------------------------
 
+    def _all_masked(self) -> bool:
+        sparse = [w.sparse for w in self._weights.values() if w.sparse is not None]
+        # A part without entries has nothing to collect for.
+        return bool(sparse) and all(part.has_mask or not part.values.numel() for part in sparse)
+
     def _last_collecting(self) -> bool:
         assert self._start is not None
         return self.step == self._start + self.num_grads - 1
@@ -212,13 +229,15 @@ class MaskSchedule:
         for name, weight in self._weights.items():
             if weight.phase != phase:
                 weight.set_phase(phase)
-            if phase == "collect" and weight.sparse is not None and name not in self._collectors:
+            wants = weight.sparse is not None and not weight.sparse.has_mask
+            if phase == "collect" and wants and name not in self._collectors:
                 self._arm(name, weight)
 
     def _arm(self, name: str, weight: RosaWeight) -> None:
         calls = self.micro_batches or self._learned
         single = self.num_grads == 1 and calls == 1
-        collector = Collector(name, weight, self.grad_mode, single)
+        limit = self.micro_batches and self.micro_batches * self.num_grads
+        collector = Collector(name, weight, self.grad_mode, single, limit)
         self._collectors[name] = collector
         weight.start_probes(collector.add_gradient, collector.add_mask if single else None)
 
@@ -238,6 +257,7 @@ class MaskSchedule:
     def _count_backwards(self) -> None:
         if self.micro_batches is not None or self._start is None or self.step != self._start - 1:
             return
+        self._stop_counting()
         counted = next(w.low_rank.B for w in self._weights.values() if w.low_rank is not None)
         self._counted = 0
         self._counter_handle = counted.register_post_accumulate_grad_hook(self._count)
@@ -255,7 +275,7 @@ class MaskSchedule:
     # --- exact resume --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Flat: JSON values, and tensors under `total.<name>`, for an exact continuation between two steps."""
+        """Flat: JSON values, and live tensors under `total.<name>`, for an exact continuation. Take it between two steps."""
         state: dict[str, Any] = {
             "step": self.step,
             "schedule": self.schedule,
@@ -265,6 +285,9 @@ class MaskSchedule:
             "had_masks": self._had_masks,
             "learned": -1 if self._learned is None else self._learned,
         }
+        for name, weight in self._weights.items():
+            if self.restart and weight.low_rank is not None:
+                state[f"seed.{name}"] = weight.low_rank.seed  # a restart returns to the A that this run began with
         for name, collector in self._collectors.items():
             state[f"count.{name}"] = collector.count
             if collector.total is not None:
@@ -280,6 +303,9 @@ class MaskSchedule:
         self.restarted = bool(state["restarted"])
         self._had_masks = bool(state["had_masks"])
         self._learned = None if state["learned"] < 0 else int(state["learned"])
+        for name, weight in self._weights.items():
+            if weight.low_rank is not None:
+                weight.low_rank.seed = int(state.get(f"seed.{name}", weight.low_rank.seed))
         self._collectors = {}
         self._apply()
         for name, collector in self._collectors.items():

@@ -87,9 +87,7 @@ def _integer(name: str, value: object, minimum: int) -> int:
     return number
 
 
-def _number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> float:
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
     bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     try:
         if isinstance(value, bool | str | bytes | torch.Tensor):
@@ -338,7 +336,5 @@ class RosaSpec:
             )
         known = {each.name for each in fields(cls)}
         if unknown := sorted(set(content) - known):
-            raise RosaError(
-                f"unknown field {', '.join(map(repr, unknown))} in the spec; known: {', '.join(sorted(known))}"
-            )
+            raise RosaError(f"unknown field {', '.join(map(repr, unknown))} in the spec; known: {', '.join(sorted(known))}")
         return cls(**content)

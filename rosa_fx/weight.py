@@ -211,6 +211,12 @@ class RosaWeight(nn.Module):
             self.probe = self.topk_probe = None
         self.refresh()
 
+    def follow_mask(self) -> None:
+        """After tensors were loaded: a mask that came along is in force; without one the sparse part waits for its mask."""
+        if self.sparse is not None:
+            self.sparse.has_mask = self.sparse.values.numel() == 0 or int(self.sparse.row_offsets[-1]) > 0
+            self.set_phase("joint" if self.sparse.has_mask else "low_rank")
+
     def start_probes(self, hook: Callable[[Tensor], Any], topk_hook: Callable[[Tensor], Any] | None) -> None:
         """Arm collection: `hook` gets the probe after each backward; `topk_hook` is for graphs that return the mask."""
         if self.sparse is None:
@@ -247,6 +253,4 @@ class RosaWeight(nn.Module):
 def _follow_loaded_mask(module: nn.Module, incompatible: object) -> None:
     """After `load_state_dict`: a mask that came with the values is in force."""
     assert isinstance(module, RosaWeight)
-    if module.sparse is not None and int(module.sparse.row_offsets[-1]) > 0:
-        module.sparse.has_mask = True
-        module.set_phase("joint")
+    module.follow_mask()

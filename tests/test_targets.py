@@ -289,9 +289,7 @@ def test_exclude() -> None:
     assert names(sequential(), exclude=["3.*"]) == ["0.weight"]
     with pytest.raises(RosaError, match=r"selects no weight of Sequential: '0.weight' is excluded; '3.weight' is excl"):
         names(sequential(), exclude=["*"])
-    with pytest.raises(
-        RosaError, match=r"targets: the pattern '0.weight' matches nothing usable.*'0.weight' is excluded"
-    ):
+    with pytest.raises(RosaError, match=r"targets: the pattern '0.weight' matches nothing usable.*'0.weight' is excluded"):
         names(sequential(), targets="0.weight", exclude="0.*")
 
 
@@ -309,9 +307,7 @@ def test_hint_for_a_part_of_a_name() -> None:
 
 
 def test_override_that_names_no_target() -> None:
-    with pytest.raises(
-        RosaError, match=r"overrides: the pattern '\*.bias' names no target, only '0.bias'; '2.bias'; '3.bias'"
-    ):
+    with pytest.raises(RosaError, match=r"overrides: the pattern '\*.bias' names no target, only '0.bias'; '2.bias'; '3.bias'"):
         names(sequential(), overrides={"*.bias": {"rank": 1}})
 
 
@@ -330,9 +326,7 @@ def test_general_rank_is_capped_and_overrides_are_not() -> None:
     assert (first.rank, first.note) == (6, "")
     assert (second.rank, second.note) == (4, "rank capped from 6 to 4 = min(N, K)")
     assert second.scale == 12 / math.sqrt(4)
-    with pytest.raises(
-        RosaError, match=r"overrides\['3.\*'\]: rank 6 exceeds min\(N, K\) = 4 of the weight '3.weight'"
-    ):
+    with pytest.raises(RosaError, match=r"overrides\['3.\*'\]: rank 6 exceeds min\(N, K\) = 4 of the weight '3.weight'"):
         names(sequential(), overrides={"3.*": {"rank": 6}})
     assert len(names(sequential(), overrides={"3.*": {"rank": 4}})) == 2
 
@@ -497,9 +491,7 @@ def test_llama(transformers: Any, tied: bool) -> None:
             names(model, targets="lm_head.weight")
     else:
         assert names(model, targets="lm_head.weight") == ["lm_head.weight"]
-    assert names(model, targets="re:.*[qv]_proj.weight") == [
-        name for name in expected if "q_p" in name or "v_p" in name
-    ]
+    assert names(model, targets="re:.*[qv]_proj.weight") == [name for name in expected if "q_p" in name or "v_p" in name]
 
 
 def test_gpt2_conv1d(transformers: Any) -> None:
@@ -507,9 +499,7 @@ def test_gpt2_conv1d(transformers: Any) -> None:
     model = transformers.GPT2LMHeadModel(config)  # head tied; N of c_attn is n_positions
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     targets = select_targets(model, RosaSpec(density=0.1))
-    assert [target.name for target in targets] == [
-        f"transformer.h.{i}.{part}.weight" for i in range(2) for part in parts
-    ]
+    assert [target.name for target in targets] == [f"transformer.h.{i}.{part}.weight" for i in range(2) for part in parts]
     assert targets[0].shape == (16, 48)  # as stored: in, out
 
 

@@ -35,9 +35,7 @@ class Int8Format(BaseFormat):
         codes, scales, _ = functional.int8_vectorwise_quant(half)
         if not bool(scales.isfinite().all()):
             largest = float(weight.abs().max())
-            raise RosaError(
-                f"weight holds {largest:.6g}, above float16's 65504, which int8 needs; use base nf4 or keep"
-            )
+            raise RosaError(f"weight holds {largest:.6g}, above float16's 65504, which int8 needs; use base nf4 or keep")
         return codes, scales
 
     def _dequantize(self, tensors: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

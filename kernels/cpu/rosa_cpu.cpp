@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -113,9 +114,6 @@ class Scratch {
     }
     return static_cast<T*>(data_);
   }
-  void trim(size_t limit) {
-    if (size_ > limit) { std::free(data_); data_ = nullptr; size_ = 0; }
-  }
   ~Scratch() { std::free(data_); }
 
  private:
@@ -147,59 +145,60 @@ struct Matrix {  // [M, C] with any strides, in elements
 
 constexpr int LINE = 16;  // 32-bit words in a cache line; also the granularity of `used`
 
-// Raw elements (m, c .. c + n) as 32-bit words, zero where the matrix has no row m or n < VL.
-template <class E>
-INLINE vu load_row(const Matrix& a, int64_t m, int64_t c, int64_t n) {
-  if (m >= a.M) return vu{};
+// One word of a transposed tile. A word is one fp32 value; or, packed, the bf16 of row m below the bf16 of row m + LINE:
+// half the cache traffic and half the shuffles.
+template <class E, bool PACKED>
+INLINE uint32_t load_word(const Matrix& a, int64_t m, int64_t c) {
   const typename E::T* p = static_cast<const typename E::T*>(a.data) + m * a.stride_m + c * a.stride_c;
-  if (a.stride_c == 1 && n >= VL) return E::load(p);
-  vu v{};
-  for (int i = 0; i < std::min<int64_t>(n, VL); ++i) v[i] = p[i * a.stride_c];
-  return v;
+  uint32_t low = m < a.M ? p[0] : 0;
+  if (!PACKED) return E::widen(typename E::T(low));
+  uint32_t high = m + LINE < a.M ? p[LINE * a.stride_m] : 0;
+  return low | high << 16;
 }
 
-template <class E>
-INLINE vu load_column(const Matrix& a, int64_t m, int64_t c) {
-  const typename E::T* p = static_cast<const typename E::T*>(a.data) + m * a.stride_m + c * a.stride_c;
-  int64_t n = a.M - m;
-  if (n >= VL) return E::load(p);
-  vu v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
+// The same for VL words in a row, `next` elements before the pairs of packed words.
+template <class E, bool PACKED>
+INLINE vu load_words(const typename E::T* p, int64_t next) {
+  if (PACKED) return E::load(p) | E::load(p + next) << 16;
+  return E::widen(E::load(p));
 }
 
-// dst[c - c0][lines * LINE] = columns c0 .. c1 of rows m0 .. of `a`, zero-padded. A word is one fp32 value; or, packed,
-// the bf16 of row i of the line's first half below the bf16 of row i of its second half: half the cache traffic and
-// half the shuffles. dst has room for the columns rounded up to VL. `used`, where given, says which groups of LINE
-// columns (counted from column 0; c0 is a multiple of LINE) anybody will read.
+// At the edges of the matrix, and for strides that are not 1.
+template <class E, bool PACKED>
+__attribute__((noinline)) void transpose_edge(const Matrix& a, int64_t m, int64_t c, int64_t n, uint32_t* dst, int64_t pitch) {
+  for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 1
+    for (int l = 0; l < VL; ++l) dst[i * pitch + l] = load_word<E, PACKED>(a, m + l, c + i);
+}
+
+// dst[c - c0][lines * LINE] = columns c0 .. c1 of rows m0 .. of `a`, with zeros below the last row. `used`, where given,
+// says which groups of LINE columns (counted from column 0; c0 is a multiple of LINE) anybody will read.
 template <class E, bool PACKED>
 void transpose_tile(const Matrix& a, int64_t m0, int lines, int64_t c0, int64_t c1, const uint8_t* used, uint32_t* dst) {
+  using T = typename E::T;
   const int64_t pitch = int64_t(lines) * LINE, step = PACKED ? 2 : 1;
-  const bool along_m = a.stride_m == 1 && a.stride_c != 1;
   for (int64_t w = 0; w < pitch; w += VL) {  // words w .. w + VL of every column
     const int64_t m = m0 + (w / LINE) * LINE * step + w % LINE;
+    const bool rows_fit = m + (PACKED ? LINE : 0) + VL <= a.M;
     for (int64_t c = c0; c < c1; c += VL) {
       if (used && !used[c / LINE]) continue;
-      vu v[VL];
-      const int64_t n = c1 - c;
-      if (along_m) {
-        for (int i = 0; i < std::min<int64_t>(n, VL); ++i) {
-          vu word = load_column<E>(a, m, c + i);
-          if (PACKED) word |= load_column<E>(a, m + LINE, c + i) << 16;
-          else word = E::widen(word);
-          *reinterpret_cast<vu*>(dst + (c - c0 + i) * pitch + w) = word;
-        }
-        continue;
-      }
+      const T* p = static_cast<const T*>(a.data) + m * a.stride_m + c * a.stride_c;
+      uint32_t* to = dst + (c - c0) * pitch + w;
+      const int64_t n = std::min<int64_t>(VL, c1 - c);
+      if (rows_fit && a.stride_c == 1 && n == VL) {
+        vu v[VL];
 #pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) {
-        v[i] = load_row<E>(a, m + i, c, n);
-        if (PACKED) v[i] |= load_row<E>(a, m + LINE + i, c, n) << 16;
-        else v[i] = E::widen(v[i]);
-      }
-      transpose_square(v);
+        for (int i = 0; i < VL; ++i) v[i] = load_words<E, PACKED>(p + i * a.stride_m, LINE * a.stride_m);
+        transpose_square(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) *reinterpret_cast<vu*>(dst + (c - c0 + i) * pitch + w) = v[i];
+        for (int i = 0; i < VL; ++i) *reinterpret_cast<vu*>(to + i * pitch) = v[i];
+      } else if (rows_fit && a.stride_m == 1) {
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < n; ++i)
+          *reinterpret_cast<vu*>(to + i * pitch) = load_words<E, PACKED>(p + i * a.stride_c, LINE);
+      } else {
+        transpose_edge<E, PACKED>(a, m, c, n, to, pitch);
+      }
     }
   }
 }
@@ -234,6 +233,7 @@ struct Group {  // up to VL nonzeros whose dot products are made together
 // Kept out of line so that its VL accumulators own the register file.
 template <bool PACKED, int LINES>
 __attribute__((noinline)) void flush(Group& g, const float* dy, const uint32_t* x, float* out) {
+#pragma GCC unroll 1
   for (int i = g.count; i < VL; ++i) { g.x[i] = g.x[0]; g.dy[i] = g.dy[0]; }
   vf acc[VL];
 #pragma GCC unroll 16
@@ -259,7 +259,10 @@ __attribute__((noinline)) void flush(Group& g, const float* dy, const uint32_t* 
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i)
       acc[i] = SHUFFLE(acc[i], acc[i + half], ZIP_LO) + SHUFFLE(acc[i], acc[i + half], ZIP_HI);
-  for (int i = 0; i < g.count; ++i) out[g.out[i]] += acc[0][i];
+  alignas(VEC_BYTES) float sums[VL];
+  *reinterpret_cast<vf*>(sums) = acc[0];
+#pragma GCC unroll 1
+  for (int i = 0; i < g.count; ++i) out[g.out[i]] += sums[i];
   g.count = 0;
 }
 
@@ -341,8 +344,8 @@ void scatter_add(typename W::T* weight, int64_t N, int64_t K, const typename V::
       typename W::T* row = weight + r * K;
       const int64_t end = std::min<int64_t>(ro[r + 1], j1);
       // Every entry is a cache and a TLB miss: start those of the next row early.
-      for (int64_t a = end, b = std::min<int64_t>(r + 2 <= N ? ro[r + 2 <= N ? r + 2 : N] : end, j1); a < b; ++a)
-        __builtin_prefetch(row + K + cols[a], 1);
+      const int64_t next_end = std::min<int64_t>(ro[std::min(r + 2, N)], j1);
+      for (int64_t a = end; a < next_end; ++a) __builtin_prefetch(row + K + cols[a], 1);
       for (; j < end; ++j)
         row[cols[j]] = W::narrow(bits_float(W::widen(row[cols[j]])) + bits_float(V::widen(values[j])));
     }
@@ -473,7 +476,7 @@ int rosa_select_topk(const float* score, int64_t N, int64_t K, int64_t stride_n,
   constexpr int COPIES = 4;  // neighbours often share a bin; separate counters avoid waiting for the last increment
   uint32_t prefix = 0;       // the key of the nnz-th largest score, found 11 + 11 + 10 bits at a time
   int64_t remaining = nnz;   // how many of the scores that share `prefix` so far are wanted
-  bool nan = false, failed = false;
+  bool nan = false;
   const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
   for (int pass = 0; pass < 3 && (nnz > 0 || pass == 0); ++pass) {
     const int shift = shifts[pass], bins = 1 << widths[pass];
@@ -550,7 +553,7 @@ int rosa_select_topk(const float* score, int64_t N, int64_t K, int64_t stride_n,
         });
       });
     }
-  return failed ? 2 : 0;
+  return 0;
 }
 
 }  // extern "C"

@@ -70,6 +70,13 @@ def _check_mask(what: str, row_offsets: Tensor, cols: Tensor, rows: int) -> tupl
     return row_offsets.contiguous(), cols.contiguous()
 
 
+def _check_filled(what: str, row_offsets: Tensor, cols: Tensor) -> None:
+    # Free on the CPU. A mask that was never set (offsets all 0) would otherwise leave outputs unwritten.
+    entries = int(row_offsets[-1])
+    if entries != cols.numel():
+        raise RosaError(f"{what}: row_offsets ends at {entries}, but cols has {cols.numel()} entries; set a mask first")
+
+
 def _row_ids(row_offsets: Tensor, nnz: int) -> Tensor:
     rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)
     return torch.repeat_interleave(rows, row_offsets.diff().long(), output_size=nnz)  # output_size: no host sync
@@ -85,7 +92,8 @@ def scatter_add_(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tens
     weight: [N, K], contiguous; values: [nnz]; row_offsets: int32 [N+1]; cols: int32 [nnz] (see the module for what makes a
     mask valid). float32, bfloat16 and float16 in any mix: the sum is made in fp32 and rounded once, to nearest even, to
     weight's dtype (float64 operands are summed in float64, by torch). No host synchronisation.
-    Raises RosaError for a weight that is not contiguous and for shapes that do not fit.
+    Raises RosaError for a weight that is not contiguous, for shapes that do not fit, and on the CPU for a mask that does
+    not hold nnz entries.
     """
     if weight.dim() != 2 or not weight.is_contiguous():
         raise RosaError(f"scatter_add_: weight must be contiguous and 2-D, got {list(weight.shape)}; use .contiguous()")
@@ -94,7 +102,9 @@ def scatter_add_(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tens
         raise RosaError(f"scatter_add_: {list(values.shape)} values for {cols.numel()} mask entries")
     library = _native(weight, values)
     if library is None:
-        return _scatter_add_torch(weight, values, row_offsets, cols)
+        _scatter_add_torch(weight, values, row_offsets, cols)
+        return
+    _check_filled("scatter_add_", row_offsets, cols)
     values = values.detach().contiguous()
     library.rosa_scatter_add(
         weight.data_ptr(),
@@ -106,7 +116,6 @@ def scatter_add_(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tens
         cols.data_ptr(),
         torch.get_num_threads(),
     )
-    return None
 
 
 def _scatter_add_torch(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor) -> None:
@@ -121,9 +130,10 @@ def sddmm(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor, out_dtype: t
     """out[j] = sum over m of dy[m, row_j] * x[m, cols[j]]: the gradient of the sparse values. Returns [nnz], out_dtype.
 
     dy: [M, N] and x: [M, K] with any strides, float32, bfloat16 or float16 in any mix; row_offsets: int32 [N+1]; cols:
-    int32 [nnz] (see the module for what makes a mask valid). Products and sums are fp32 (float64 if an operand is), rounded once
-    to out_dtype. On the CPU the result does not depend on the number of threads. Extra memory: about 10 MiB and 1.3 MiB
-    per thread. No host synchronisation. Raises RosaError for shapes that do not fit.
+    int32 [nnz] (see the module for what makes a mask valid). Products and sums are fp32 (float64 if an operand is),
+    rounded once to out_dtype. On the CPU the result does not depend on the number of threads, and extra memory is about
+    1 MiB per thread plus at most 8 MiB (elsewhere: transposed copies of dy and x). No host synchronisation.
+    Raises RosaError for shapes that do not fit, and on the CPU for a mask that does not hold nnz entries.
     """
     if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
         raise RosaError(f"sddmm: dy [M, N] and x [M, K] must share M, got {list(dy.shape)} and {list(x.shape)}")
@@ -131,6 +141,7 @@ def sddmm(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor, out_dtype: t
     library = _native(dy, x)
     if library is None:
         return _sddmm_torch(dy, x, row_offsets, cols).to(out_dtype)
+    _check_filled("sddmm", row_offsets, cols)
     dy, x = dy.detach(), x.detach()
     if cols.numel() == 0:
         return x.new_empty(0, dtype=out_dtype)
@@ -171,8 +182,9 @@ def _sddmm_torch(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor) -> Te
 def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """The mask of the nnz largest scores: (row_offsets int32 [N+1], cols int32 [nnz]), columns ascending in each row.
 
-    score: [N, K] float32, any strides, not negative (a negative score counts as 0); +inf is allowed. Exact and deterministic: of equal
-    scores those with the smaller flat index n * K + k are taken. Extra memory is a few MiB, never another [N, K].
+    score: [N, K] float32, any strides, not negative (a negative score counts as 0); +inf is allowed. Exact and
+    deterministic: of equal scores those with the smaller flat index n * K + k are taken. Extra memory is a few MiB,
+    never another [N, K].
     A NaN anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says whose it is.
     Raises RosaError when score is not a float32 matrix, or nnz is not in 0 .. N * K or does not fit in int32.
     """
@@ -225,9 +237,9 @@ def _select_topk_torch(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     threshold = torch.zeros((), dtype=torch.int32, device=device)
     for bit in range(30, -1, -1):
         trial = threshold | (1 << bit)
-        count = sum((_keys(chunk) >= trial).sum() for chunk in chunks)
+        count = torch.stack([(_keys(chunk) >= trial).sum() for chunk in chunks]).sum()
         threshold = torch.where(count >= nnz, trial, threshold)
-    ties = nnz - sum((_keys(chunk) > threshold).sum() for chunk in chunks)
+    ties = nnz - torch.stack([(_keys(chunk) > threshold).sum() for chunk in chunks]).sum()
     row, filled = 0, 0
     for chunk in chunks:
         key = _keys(chunk)

@@ -52,12 +52,16 @@ class Term(ABC):
 
     def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
         """Add the term into the dense `weight` [N, K] in place (terms with `folds`, and materialisation)."""
-        dense = self.dense(tensors, (weight.shape[0], weight.shape[1]), torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dense = self.dense(tensors, (weight.shape[0], weight.shape[1]), dtype)
         if dense is not None:
-            weight.copy_(weight.to(torch.float32) + dense)
+            weight.copy_(weight.to(dtype) + dense)
 
-    def add_product_(self, out: Tensor, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> None:
-        """out += x termᵀ, or x term if `transposed` (terms without `folds`). `out` [M, ·] and `x` share a dtype."""
+    def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
+        """(left [M, R], right [R, ·]) in x's dtype with x termᵀ = left @ right, or x term = left @ right if `transposed`.
+
+        For terms without `folds`; kernels add the product in the accumulator of the main one.
+        """
         raise AssertionError(f"term {self.kind!r} folds into the weight and has no product of its own")
 
     def grad_shapes(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -30,28 +30,30 @@ class LowRank(Term):
         A, B = tensors
         return (B.to(dtype) * self.scale) @ A.to(dtype)
 
+    def _scaled(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """s·matrix, rounded to `dtype` once: a product in the matrix's own low precision would round before that."""
+        wide = torch.promote_types(torch.promote_types(matrix.dtype, dtype), torch.float32)
+        return (matrix.to(wide) * self.scale).to(dtype)
+
     def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
         A, B = tensors
-        if weight.dtype == torch.float32:
-            weight.addmm_(B.float(), A.float(), alpha=self.scale)
+        if weight.dtype in (torch.float32, torch.float64):
+            weight.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=self.scale)
         else:
             super().fold_(weight, tensors)
 
-    def add_product_(self, out: Tensor, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> None:
-        A, B = tensors[0].to(x.dtype), (tensors[1] * self.scale).to(x.dtype)
-        if transposed:
-            out.addmm_(x @ B, A)
-        else:
-            out.addmm_(x @ A.t(), B.t())
+    def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
+        A, B = tensors[0].to(x.dtype), self._scaled(tensors[1], x.dtype)
+        return (x @ B, A) if transposed else (x @ A.t(), B.t())
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         A, B = tensors
-        dA = (dy @ (B * self.scale).to(dy.dtype)).t() @ x
+        dA = (dy @ self._scaled(B, dy.dtype)).t() @ x
         dB = dy.t() @ (x @ A.to(x.dtype).t())
-        return [dA.to(A.dtype), dB.to(B.dtype).mul_(self.scale)]
+        return [dA.to(A.dtype), self._scaled(dB, B.dtype)]
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         A, B = tensors
-        dA = (B * self.scale).to(dW.dtype).t() @ dW
+        dA = self._scaled(B, dW.dtype).t() @ dW
         dB = dW @ A.to(dW.dtype).t()
-        return [dA.to(A.dtype), dB.to(B.dtype).mul_(self.scale)]
+        return [dA.to(A.dtype), self._scaled(dB, B.dtype)]

@@ -14,7 +14,10 @@ TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, Sparse, Co
 
 
 def term(kind: str, **fields: Any) -> Term:
-    """The term of that kind. Raises RosaError for an unknown kind."""
+    """The term of that kind. Raises RosaError for an unknown kind, and for fields that are unknown or missing."""
     if kind not in TERMS:
         raise RosaError(f"unknown delta term {kind!r}: use one of {', '.join(TERMS)}")
-    return TERMS[kind](**fields)
+    try:
+        return TERMS[kind](**fields)
+    except TypeError as error:
+        raise RosaError(f"delta term {kind!r} does not take the fields {fields}: {error}") from None

@@ -1,0 +1,122 @@
+"""Optimizer, learning-rate schedule, gradient norm, and the optimizer's state as tensors and JSON."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rosa_fx.errors import RosaError
+from rosa_fx.state import state_of
+from rosa_fx.training.config import TrainConfig
+
+
+def learning_rate_factor(position: int, total: int, warmup: int, schedule: str) -> float:
+    """Share of the peak rate at optimizer step `position` (from 0) of `total`.
+
+    Warm-up: 1/warmup, 2/warmup, ..., 1. "linear": from 1 down in equal parts, 0 being one step after the last.
+    """
+    if position < warmup:
+        return (position + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    return max(0.0, (total - position) / max(1, total - warmup))
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over `rosa_fx.trainable_parameters`' groups.
+
+    Sparse values without a mask have no gradient; AdamW then neither decays them nor gives them state, so that
+    their bias correction starts with their own first step.
+    """
+    fused = device.type in (
+        "cpu",
+        "cuda",
+    )  # on CUDA also what skips bad steps (found_inf)
+    return torch.optim.AdamW(list(groups), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, factor: float) -> dict[str, float]:
+    """Set each group's rate to `factor` times its peak; returns {group name: rate}."""
+    peaks = {"low_rank": config.lr, "sparse": config.lr_sparse}
+    rates = {}
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]] = peaks[group["name"]] * factor
+    return rates
+
+
+class GradientNorm(NamedTuple):
+    """total: norm over all gradients, a float32 scalar on the device; first_bad: index of the first gradient that has
+    a non-finite value, -1 if none (also where only their sum of squares overflows)."""
+
+    total: Tensor
+    first_bad: Tensor
+    parameters: list[nn.Parameter]
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer, device: torch.device) -> GradientNorm:
+    """The norm of all gradients that exist, without waiting for the device."""
+    parameters = [p for p in optimizer_parameters(optimizer) if p.grad is not None]
+    if not parameters:
+        return GradientNorm(torch.zeros((), device=device), torch.full((), -1, device=device), [])
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    norms = torch.stack([n.float() for n in torch._foreach_norm(gradients, 2, torch.float32)])
+    bad = ~norms.isfinite()
+    first = torch.where(bad.any(), bad.int().argmax(), -1)
+    return GradientNorm(torch.linalg.vector_norm(norms), first, parameters)
+
+
+def clip(norm: GradientNorm, max_norm: float | None) -> None:
+    """Scale the gradients so that their norm is at most `max_norm`."""
+    if max_norm is not None and norm.parameters:
+        torch.nn.utils.clip_grads_with_norm_(norm.parameters, max_norm, norm.total)
+
+
+def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters in its order: `<weight's name in the original model>.<term>.<parameter>`."""
+    names = names_of(model)
+    return [names[id(p)] for p in optimizer_parameters(optimizer)]
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """{id of the parameter: its name} of all adapter parameters."""
+    return {
+        id(parameter): f"{weight}.{name}"
+        for weight, terms in state_of(model).weights.items()
+        for name, parameter in terms.named_parameters()
+    }
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as tensors `<parameter name>/<key>` and JSON (other per-parameter values)."""
+    state = optimizer.state_dict()["state"]
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in state.items():
+        for key, value in entries.items():
+            place = tensors if isinstance(value, Tensor) else values
+            place[f"{names[index]}/{key}"] = value
+    return tensors, {"values": values, "parameters": list(names)}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_state` returned; RosaError if the parameters are not the same ones."""
+    if list(names) != values["parameters"]:
+        missing = sorted(set(values["parameters"]) ^ set(names))[:1] or ["their order"]
+        raise RosaError(
+            f"the checkpoint's optimizer has other parameters than this model ({missing[0]}): "
+            "transform the same model with the same spec before resuming"
+        )
+    index_of = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **values["values"]}.items():
+        owner, _, key = name.rpartition("/")
+        state.setdefault(index_of[owner], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

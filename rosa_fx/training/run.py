@@ -1,0 +1,349 @@
+"""One training run: its phases, loop, evaluation and what it reports."""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_fx.attach import trainable_parameters
+from rosa_fx.errors import RosaError
+from rosa_fx.schedule import MaskSchedule
+from rosa_fx.state import state_of, unwrap
+from rosa_fx.training import checkpoint as checkpoints
+from rosa_fx.training import persistence, rng
+from rosa_fx.training.allocator import tune_allocator
+from rosa_fx.training.batches import END, BatchSource
+from rosa_fx.training.config import TrainConfig
+from rosa_fx.training.engine import Engine, LossFunction, MicroBatch, Outcome
+from rosa_fx.training.interrupt import uninterrupted
+from rosa_fx.training.metrics import MetricsLog, TrainResult, current_rss, median_rate, peak_rss
+from rosa_fx.training.optim import (
+    learning_rate_factor,
+    make_optimizer,
+    names_of,
+    set_learning_rates,
+)
+from rosa_fx.training.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Everything but the model and the optimizer that a checkpoint at the last whole step needs."""
+
+    step: int
+    epoch: int
+    index: int
+    schedule: dict[str, Any]
+    random: tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    phase: str
+    rates: dict[str, float]
+    tokens: int
+    targets: float
+    outcome: Outcome
+
+
+class Run:
+    """The state of a run. `start`, then `loop`, then `finish`; `interrupted` in their stead after Ctrl-C."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        config: TrainConfig,
+        eval_batches: Iterable[Any] | None,
+        loss_fn: LossFunction | None,
+        weight_fn: Callable[[Any], float] | None,
+        out: Path | None,
+        reporter: Reporter,
+    ) -> None:
+        self.model, self.config, self.out, self.reporter = unwrap(model), config, out, reporter
+        self.spec = state_of(model).spec
+        self.device = self._one_device()
+        self.source = BatchSource(batches, config.seed)
+        self.planned = self.source.count_steps(config)
+        self.eval_batches = list(eval_batches) if isinstance(eval_batches, Iterator) else eval_batches
+        if self.device.type == "cpu" and config.tune_allocator:
+            tune_allocator()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.engine = Engine(model, config, self.device, loss_fn, weight_fn)
+        self.folder = out / "checkpoints" if out else None
+        self.metrics = MetricsLog(out / "metrics.jsonl" if out else None)
+        self.schedule = MaskSchedule(self.model, restart=config.restart, micro_batches=config.gradient_accumulation)
+        self.optimizer = self.fresh_optimizer()
+        self.step = 0
+        self.restart_step: int | None = None
+        self.losses: list[float] = []
+        self.rates: list[tuple[int, float]] = []  # (tokens, seconds) of each step made here
+        self.evals: dict[int, float] = {}
+        self.tokens, self.seconds = 0, 0.0
+        self.pending: list[_Pending] = []
+        self.window = 0.0  # when the first pending step began
+        self.inside_step = False
+        self.skipped_empty = False
+        self.last_checkpoint: Path | None = None
+        self.mark = self.take_mark()
+
+    # Setting up
+
+    def _one_device(self) -> torch.device:
+        devices = {p.device for p in self.model.parameters()}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            found = ", ".join(sorted(map(str, devices))) or "none"
+            raise RosaError(f"the model's parameters are on {found}: move the whole model to one device")
+        return devices.pop()
+
+    def fresh_optimizer(self) -> torch.optim.AdamW:
+        groups = trainable_parameters(self.model, lr=self.config.lr, lr_sparse=self.config.lr_sparse)
+        if not groups:
+            raise RosaError("the spec has rank 0 and density 0 for every weight: nothing trains; set either above 0")
+        return make_optimizer(groups, self.config, self.device)
+
+    def start(self, resume: bool) -> None:
+        """Begin a fresh run, or continue from the newest checkpoint."""
+        found = None
+        if self.out is not None and self.folder is not None:
+            used = checkpoints.list_checkpoints(self.folder) or (self.metrics.path and self.metrics.path.exists())
+            if used and not resume:
+                raise RosaError(f"out ({self.out}) already holds a run: pass resume=True to continue it, or another folder")
+            found = checkpoints.load_latest(self.folder, self.message) if resume else None
+            self.metrics.truncate(found.step if found else -1)
+        if found is not None:
+            persistence.restore(self, found)
+        else:
+            if resume:
+                self.message(f"{self.out} holds no checkpoint yet: starting from the beginning")
+            rng.seed_all(self.config.seed)
+            self._warn_about_length()
+            if self.eval_batches is not None:
+                self._evaluate()
+            self.mark = self.take_mark()
+        self.reporter.plan(self.step, self.total)
+
+    def _warn_about_length(self) -> None:
+        warm_up = re.fullmatch(r"wl(\d+)", self.spec.schedule)
+        before = int(warm_up[1]) + self.spec.num_grads if warm_up else 0
+        if before >= self.total and any(g["name"] == "sparse" for g in self.optimizer.param_groups):
+            self.message(
+                f"sparse values never train: schedule {self.spec.schedule!r} makes the masks after step {before}, but "
+                f"the run has {self.total}; use a shorter schedule such as wl{max(1, self.total // 4)} or train longer"
+            )
+
+    def message(self, text: str) -> None:
+        self.reporter.event("message", text)
+
+    def take_mark(self) -> Mark:
+        """Remember where the run stands; called between steps."""
+        position = (self.source.epoch, self.source.index)
+        return Mark(self.step, *position, self.schedule.state_dict(), rng.capture())
+
+    # The loop
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the whole run. A restart makes a run that is counted in epochs longer."""
+        extra = self.restart_step if self.restart_step is not None and self.config.max_steps is None else 0
+        return self.planned + (extra or 0)
+
+    def loop(self) -> None:
+        """Train until the planned end, the end of the data, or `stop_at_step`."""
+        config = self.config
+        while self.step < self.total and not self._is_at_stop():
+            started = time.perf_counter()
+            group = self._draw()
+            if not group:
+                if not self.source.next_epoch() or (config.max_steps is None and self.source.epoch >= config.epochs):
+                    self.message(f"the batches ended at step {self.step} of {self.total}")
+                    break
+                continue
+            self._train_step(group, started)
+            if config.eval_every and self.step % config.eval_every == 0 and self.eval_batches is not None:
+                self._evaluate()
+            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                self._checkpoint()
+        self._flush()
+
+    def _is_at_stop(self) -> bool:
+        return self.config.stop_at_step is not None and self.step >= self.config.stop_at_step
+
+    def _draw(self) -> list[MicroBatch]:
+        """The micro-batches of the next step; the last step of an epoch may have fewer."""
+        group: list[MicroBatch] = []
+        while len(group) < self.config.gradient_accumulation and (batch := self.source.take()) is not END:
+            micro = self.engine.describe(batch)
+            if micro.weight:
+                group.append(micro)
+            elif not self.skipped_empty:
+                # Its mean loss would be 0/0; leaving it out is what one large batch does.
+                self.skipped_empty = True
+                self.message("micro-batches without a target (all labels are -100) are passed over")
+        return group
+
+    def _train_step(self, group: list[MicroBatch], started: float) -> None:
+        config, schedule = self.config, self.schedule
+        if schedule.phase == "collect":  # of the step to come
+            self._flush()
+        if not self.pending:
+            self.window = started
+        self.inside_step = True
+        schedule.begin_step()
+        phase, number = schedule.phase, self.step + 1
+        start = self.restart_step or 0
+        factor = learning_rate_factor(self.step - start, self.total - start, config.warmup_steps, config.schedule)
+        rates = set_learning_rates(self.optimizer, config, factor)
+        try:
+            loss = self.engine.accumulate(group)
+        except RosaError as error:  # a NaN gradient, which collection notices first, or an unusable batch
+            back = f"; {self._where_to_go_back()}" if phase == "collect" else ""
+            raise RosaError(f"step {number} ({phase}): {error}{back}") from error
+        outcome = self.engine.measure(loss, self.optimizer)
+        tokens = sum(micro.tokens or 0 for micro in group)
+        pending = _Pending(number, phase, rates, tokens, sum(m.weight for m in group), outcome)
+        # Before the update, so that the weights stay those of the last good step; and masks must not come of a bad one.
+        if not self.engine.looks_late or phase == "collect":
+            self._check(pending, outcome.values.tolist())
+        with uninterrupted():
+            self.engine.update(outcome, self.optimizer)
+            try:
+                schedule.end_step()
+            except RosaError as error:
+                raise RosaError(f"step {number} ({phase}): {error}; {self._where_to_go_back()}") from error
+            self.step = number
+            self.pending.append(pending)
+            if schedule.restarted and self.restart_step is None:
+                self._restart()
+            self.mark = self.take_mark()
+            self.inside_step = False
+        if not self.engine.looks_late or len(self.pending) >= config.log_every:
+            self._flush()
+
+    def _restart(self) -> None:
+        self.restart_step = self.step
+        self.optimizer = self.fresh_optimizer()
+        if not self.source.one_shot:
+            self.source.seek(0, 0)
+        self.reporter.plan(self.step, self.total)
+        self.reporter.event("restart", f"masks made at step {self.step}: both adapters start again", step=self.step)
+
+    def _check(self, pending: _Pending, values: list[float]) -> None:
+        loss, norm, bad = values
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        if bad >= 0:
+            name = names_of(self.model)[id(pending.outcome.norm.parameters[int(bad)])]
+            culprit = f"the first gradient that is not finite is that of {name}"
+        else:
+            culprit = "no single gradient is infinite or NaN"
+        raise RosaError(
+            f"step {pending.step} ({pending.phase}): the loss is {loss} and the gradient norm {norm}; {culprit}. "
+            f"Lower lr ({self.config.lr}) and lr_sparse ({self.config.lr_sparse}) or look at the batches of this step; "
+            + self._where_to_go_back()
+        )
+
+    def _where_to_go_back(self) -> str:
+        return f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
+
+    def _flush(self) -> None:
+        """Read the pending steps' numbers (one wait for the device) and report them."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        values = torch.stack([p.outcome.values for p in pending]).tolist()
+        seconds = (time.perf_counter() - self.window) / len(pending)
+        memory = current_rss()
+        for entry, numbers in zip(pending, values):
+            self._check(entry, numbers)
+            row = {
+                "event": "step",
+                "step": entry.step,
+                "phase": entry.phase,
+                "loss": numbers[0],
+                "lr": entry.rates.get("low_rank", 0.0),
+                "lr_sparse": entry.rates.get("sparse", 0.0),
+                "grad_norm": numbers[1],
+                "tokens": entry.tokens,
+                "targets": entry.targets,
+                "tokens_per_s": entry.tokens / seconds,
+                "seconds": seconds,
+                "rss": memory,
+            }
+            self.losses.append(numbers[0])
+            self.rates.append((entry.tokens, seconds))
+            self.tokens += entry.tokens
+            self.seconds += seconds
+            self.metrics.append([row])
+            self.reporter.step(row)
+
+    def _evaluate(self) -> None:
+        if self.step in self.evals:
+            return
+        self._flush()
+        started = time.perf_counter()
+        loss = self.engine.evaluate(self.eval_batches)
+        seconds = time.perf_counter() - started
+        self.evals[self.step] = loss
+        self.metrics.append([{"event": "eval", "step": self.step, "loss": loss, "seconds": seconds}])
+        self.reporter.event("eval", f"step {self.step}: held-out loss {loss:.4f}", step=self.step, loss=loss)
+
+    def _checkpoint(self) -> None:
+        """Write a checkpoint of the last whole step, unless it is there already."""
+        if self.folder is None or (self.last_checkpoint and self.last_checkpoint.name == f"step-{self.mark.step}"):
+            return
+        self._flush()
+        with uninterrupted():
+            self.metrics.flush()
+            self.last_checkpoint = checkpoints.save(self.folder, persistence.snapshot(self), self.config.keep_checkpoints)
+        self.reporter.event("checkpoint", f"checkpoint {self.last_checkpoint}", path=str(self.last_checkpoint))
+
+    def interrupted(self) -> str:
+        """Save what can be saved after an interrupt; returns what to tell the user."""
+        if self.folder is None:
+            return f"interrupted after step {self.mark.step}; nothing is saved because train() was given no out folder"
+        # Gradients that were summed into the collected ones in place cannot be taken out again.
+        collecting = self.inside_step and any(isinstance(v, Tensor) for v in self.mark.schedule.values())
+        if self.mark.step and not (collecting and self.schedule.phase == "collect"):
+            self._checkpoint()
+        if self.last_checkpoint is None:
+            return f"interrupted after step {self.mark.step}, before the first checkpoint: start again"
+        return f"interrupted after step {self.mark.step}: continue with resume=True from {self.last_checkpoint}"
+
+    def finish(self) -> TrainResult:
+        """Evaluate, write the last checkpoint, and sum up."""
+        finished = not self._is_at_stop() or self.step >= self.total
+        if finished and self.eval_batches is not None:
+            self._evaluate()
+        self._checkpoint()
+        cuda = self.device.type == "cuda"
+        return TrainResult(
+            eval_loss_before=self.evals.get(0),
+            eval_loss_after=self.evals.get(self.step) if self.step else None,
+            steps=self.step,
+            epochs=self.source.epoch + (1 if self.source.index else 0),
+            finished=finished,
+            seconds=self.seconds,
+            tokens=self.tokens,
+            tokens_per_s=self.tokens / self.seconds if self.seconds else 0.0,
+            steady_tokens_per_s=median_rate(self.rates),
+            peak_rss=peak_rss(),
+            peak_device=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            losses=list(self.losses),
+            evals=dict(self.evals),
+            parameters={g["name"]: sum(p.numel() for p in g["params"]) for g in self.optimizer.param_groups},
+            compiled=self.engine.compiled,
+            bf16=self.engine.bf16,
+            checkpoint=self.last_checkpoint,
+            restart_step=self.restart_step,
+        )

@@ -1,0 +1,102 @@
+"""The fused operators against float64, under an error budget.
+
+The error of an operator may be at most 1.1 times that of the plain computation in the same low precision, which is a
+frozen linear with the sparse and the low-rank product added as adapter libraries do. Both are measured from the same
+quantised base, so the error of quantisation is in neither. Errors are RMS over enough elements to be stable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rosa_fx.kernels import ops
+
+MakeCase = Callable[..., Any]
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+def plain_linear(x: Tensor, W: Tensor, S: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """What adapter libraries compute, in x's dtype: three products, added."""
+    low = x.dtype
+    return F.linear(x, W) + F.linear(x, S) + F.linear(F.linear(x, A.to(low)), B.to(low)) * scale
+
+
+def all_results(case: Any, how: str) -> dict[str, Tensor]:
+    """Both products and all gradients, by `how`: exact (float64), plain, fused (linear and linear_t) or eager."""
+    dtype = torch.float64 if how == "exact" else case.x.dtype
+    W = case.base64.to(dtype) if how == "exact" else case.layout.base.dequantize(case.base, case.layout.shape, dtype)
+    wide = how == "exact"
+    named = dict(zip(case.names, case.leaves(case.delta64 if wide else case.delta), strict=True))
+    A, B, values = named["A"], named["B"], named["values"]
+    x, dy = (t.to(dtype).requires_grad_() for t in (case.x.detach(), case.dy.detach()))
+    bias = (case.bias.double() if wide else case.bias.clone()).requires_grad_()
+    scale, key, delta = case.layout.terms[0].scale, case.layout.key, list(named.values())
+    if how in ("exact", "plain"):
+        S = torch.zeros_like(W).index_put(case.rows_cols, values.to(dtype))
+        y = plain_linear(x, W, S, A, B, scale) + bias.to(dtype)
+        out_t = plain_linear(dy, W.t(), S.t(), B.t(), A.t(), scale)
+    elif how == "fused":
+        y = ops.linear(x, bias, case.base, delta, key)
+        out_t = ops.linear_t(dy, None, case.base, delta, key)
+    else:
+        y = F.linear(x, ops.materialize(case.base, delta, key), bias.to(dtype))
+        out_t = dy @ ops.materialize(case.base, delta, key)
+    parameters = {"x": x, "bias": bias, "A": A, "B": B, "values": values}
+    grads = torch.autograd.grad(y, list(parameters.values()), dy.detach(), retain_graph=True)
+    grads_t = torch.autograd.grad(out_t, [dy, A, B, values], x.detach())
+    out = {"y": y.detach(), "transposed": out_t.detach()}
+    out |= {f"grad of {name}": grad for name, grad in zip(parameters, grads, strict=True)}
+    return out | {f"transposed grad of {n}": g for n, g in zip(["dy", "A", "B", "values"], grads_t, strict=True)}
+
+
+def over_budget(exact: Tensor, ours: Tensor, plain: Tensor) -> str:
+    """Empty if within budget. The floor is one float32 rounding: the plain error may be zero by accident."""
+    floor = 2.0**-24 * rms(exact)
+    error, allowed = rms(ours.double() - exact), 1.1 * max(rms(plain.double() - exact), floor)
+    return "" if error <= allowed else f"RMS error {error:.3e} > {allowed:.3e} = 1.1 x the plain computation's"
+
+
+@pytest.mark.parametrize("how", ["fused", "eager"])
+@pytest.mark.parametrize("density", [0.006, 0.3])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
+def test_error_budget(
+    make_case: MakeCase, base: str, dtype: torch.dtype, adapter_dtype: torch.dtype, density: float, how: str
+) -> None:
+    """A scale that is no power of two, so that rounding it twice would show."""
+    case = make_case((96, 192), base, rank=12, mask=density, m=160, dtype=dtype, adapter_dtype=adapter_dtype)
+    exact, ours, plain = (all_results(case, how) for how in ("exact", how, "plain"))
+    failures = {name: over_budget(exact[name], ours[name], plain[name]) for name in exact}
+    assert not any(failures.values()), {name: text for name, text in failures.items() if text}
+    for name, tensor in ours.items():
+        assert tensor.dtype == plain[name].dtype, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_small_sparse_step_survives_at_least_as_well_as_in_plain_code(make_case: MakeCase, dtype: torch.dtype) -> None:
+    """Folding rounds D(Q) + S, adding products rounds y: whichever S the rows of y then obey, ours is the nearer.
+
+    S is of the size of a first optimizer step (2e-4), less than half an ulp of many bf16 weights.
+    """
+    case = make_case((64, 128), "nf4", terms=("sparse",), mask=0.02, m=1024, dtype=dtype, step=2e-4)
+    shape, key, (values, *_) = case.layout.shape, case.layout.key, case.delta
+    W = case.layout.base.dequantize(case.base, shape, dtype)
+    S = torch.zeros(shape, dtype=dtype).index_put(case.rows_cols, values.to(dtype))
+    without = F.linear(case.x, W).double()
+
+    def error_of_effective(y: Tensor) -> float:
+        effective = torch.linalg.lstsq(case.x.double(), y.double() - without).solution.t()
+        return rms(effective[case.rows_cols] - values)
+
+    ours = error_of_effective(ops.linear(case.x, None, case.base, case.delta, key))
+    assert ours <= error_of_effective(F.linear(case.x, W) + F.linear(case.x, S))

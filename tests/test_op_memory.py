@@ -1,0 +1,108 @@
+"""What the fused operators read, allocate and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rosa_fx.kernels import ops
+
+MakeCase = Callable[..., Any]
+
+BASES = [("dense", False), ("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
+TERMS: list[tuple[str, ...]] = [
+    (),
+    ("low_rank",),
+    ("sparse",),
+    ("low_rank", "sparse"),
+    ("low_rank", "collect_gradient"),
+    ("low_rank", "collect_topk"),
+]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("base", "double_quant"), BASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_reads_uninitialised_memory(make_case: MakeCase, base: str, double_quant: bool, dtype: torch.dtype) -> None:
+    assert torch.empty(3).isnan().all()
+    for m in (0, 1, 70):
+        for terms in TERMS:
+            case = make_case((33, 65), base, double_quant=double_quant, terms=terms, dtype=dtype, m=m)
+            key, delta = case.layout.key, case.delta
+            out = [ops.linear(case.x, None, case.base, delta, key), ops.linear_t(case.dy, None, case.base, delta, key)]
+            out += [ops.materialize(case.base, delta, key), *ops.linear_grads(case.dy, case.x, delta, key)]
+            out += ops.materialize_backward(case.dy.t() @ case.x, delta, key)
+            assert all(bool(tensor.isfinite().all()) for tensor in out), (m, terms)
+
+
+class Allocations:
+    """Largest block and largest live total that torch's allocator gave out inside the `with`, in bytes."""
+
+    def __enter__(self) -> Allocations:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        profiler: Any = self._profile.profiler
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        self.largest = max(changes, default=0)
+        self.peak = live = 0
+        for change in changes:
+            live += change
+            self.peak = max(self.peak, live)
+
+
+def test_allocations_are_seen() -> None:
+    a = torch.ones(256, 256)
+    with Allocations() as seen:
+        b = a @ a
+        (b + 1).sum()
+    assert seen.largest == 256 * 256 * 4
+    assert seen.peak >= 2 * 256 * 256 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("terms", TERMS[1:4], ids="+".join)
+def test_gradients_make_no_dense_weight_gradient(make_case: MakeCase, terms: tuple[str, ...], dtype: torch.dtype) -> None:
+    case = make_case((1024, 1024), terms=terms, rank=8, mask=0.006, m=64, dtype=dtype)
+    with Allocations() as seen:
+        ops.linear_grads(case.dy, case.x, case.delta, case.layout.key)
+    assert 0 < seen.largest < 1024 * 1024
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_backward_holds_one_dense_weight_and_saves_none(make_case: MakeCase, base: str) -> None:
+    """Grad-input needs one dequantised weight while it runs; nothing else of that size exists, or is saved before."""
+    case = make_case((1024, 1024), base, rank=8, mask=0.006, m=64)
+    base_bytes = {tensor.data_ptr() for tensor in case.base}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x, delta = case.x.requires_grad_(), case.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = ops.linear(x, None, case.base, delta, case.layout.key)
+    assert saved
+    assert all(t.numel() < 1024 * 1024 // 2 or t.data_ptr() in base_bytes for t in saved)
+    with Allocations() as seen:
+        torch.autograd.grad(y, [x, *(t for t in delta if t.requires_grad)], case.dy)
+    assert seen.peak < 1.5 * 4 * 1024 * 1024
+
+
+def test_collected_mask_leaves_without_the_dense_gradient(make_case: MakeCase) -> None:
+    case = make_case((512, 512), terms=("low_rank", "collect_topk"), mask=0.006, m=64)
+    outputs: list[Tensor] = []
+    with Allocations() as seen:
+        outputs = ops.linear_grads(case.dy, case.x, case.delta, case.layout.key)
+    assert max(tensor.untyped_storage().nbytes() for tensor in outputs) < 512 * 512
+    # One dense float32 gradient while the mask is chosen.
+    assert 4 * 512 * 512 <= seen.peak < 1.6 * 4 * 512 * 512
