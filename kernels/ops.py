@@ -1,8 +1,9 @@
 """The fused operators as `torch.library` operators: schema, fake, autograd, and one fast composition for CPU and CUDA.
 
-`definition.py` says what each computes. The composition here needs, per layer and product, one dequantised weight that
-lives as long as the call, one GEMM by the vendor's library, and the terms: what folds is added into that weight, what does
-not is added to the product: in float32 by a second, thin GEMM, in lower precision inside the accumulator of the first. Its floor is the GEMM of a frozen dense weight.
+`definition.py` says what each computes. The composition here needs, per layer and product, one dequantised weight that lives
+as long as the call, one GEMM by the vendor's library, and the terms. What folds is added into that weight. What does not is
+added to the product: in float32 by a second, thin GEMM, in lower precision inside the accumulator of the first.
+Its floor is the GEMM of a frozen dense weight.
 
 Nothing here is differentiable twice.
 """

@@ -155,7 +155,7 @@ def join_backwards(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=ops.materialize_backward.default):
         _, delta, key = node.args
         if not Layout.parse(str(key)).additive:
-            groups[(tuple(delta), key)].append(node)  # type: ignore[arg-type]
+            groups[(tuple(delta), key)].append(node)
     for nodes in groups.values():
         if len(nodes) < 2:
             continue

@@ -2,9 +2,10 @@
 
 from rosa_fx.adapter_files import load_adapter, save_adapter
 from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
-from rosa_fx.attach import adapter, base_weight, delta, merge, trainable_parameters, transform
+from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
 from rosa_fx.errors import RosaError
 from rosa_fx.mask import Mask
+from rosa_fx.merging import merge
 from rosa_fx.report import RewriteReport, TargetReport, explain
 from rosa_fx.schedule import MaskSchedule
 from rosa_fx.spec import RosaSpec

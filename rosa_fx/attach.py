@@ -1,4 +1,4 @@
-"""`transform` and its way back, `merge`."""
+"""`transform`: from a plain model to one whose selected weights are base + low-rank + sparse."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch.nn.utils import parametrize
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import fingerprint
 from rosa_fx.kernels.bases.base import base_from_spec
+from rosa_fx.module_class import share_class
 from rosa_fx.passes.install import install
 from rosa_fx.passes.report import normalise
 from rosa_fx.spec import RosaSpec
-from rosa_fx.state import ATTRIBUTE, RosaState, is_transformed, state_of, unwrap, weight_of
+from rosa_fx.state import ATTRIBUTE, RosaState, is_transformed, state_of, weight_of
 from rosa_fx.targets import Target, select_targets
 from rosa_fx.weight import FrozenBase, LowRankParameters, RosaWeight, SparseParameters
 
@@ -32,20 +33,25 @@ def transform(model: nn.Module, spec: RosaSpec, *, strict: bool = False) -> nn.M
     Raises:
         RosaError: the spec does not fit the model, or the model is already transformed. The model is then untouched.
     """
-    if is_transformed(model):
+    inner = getattr(model, "_orig_mod", model)  # a compiled wrapper names everything by its own prefix
+    if is_transformed(inner):
         raise RosaError("the model is already transformed: rosa_fx.merge(model) first, or start from a fresh one")
-    targets = select_targets(model, spec)
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    targets = select_targets(inner, spec)
+    for target in targets:
+        _refuse_out_of_range(target)
+    requires_grad = {name: p.requires_grad for name, p in inner.named_parameters(remove_duplicate=False)}
     weights = {target.name: _attach(target, spec, strict) for target in targets}
-    for parameter in model.parameters():
+    for owner in {id(owner): owner for target in targets for owner, _ in target.owners}.values():
+        share_class(owner)
+    for parameter in inner.parameters():
         parameter.requires_grad_(False)
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in inner.named_modules(remove_duplicate=False):
         if isinstance(module, RosaWeight):
             module.paths = (*module.paths, normalise(path))
     state = RosaState(spec, strict, {target.name: target for target in targets}, weights, requires_grad)
     for weight in weights.values():
         _make_trainable(weight)
-    setattr(model, ATTRIBUTE, state)
+    setattr(inner, ATTRIBUTE, state)
     install()
     return model
 
@@ -55,6 +61,19 @@ def _make_trainable(weight: RosaWeight) -> None:
         weight.low_rank.requires_grad_(True)
     # With the low-rank part absent there is nothing to warm up; the sparse part waits for its mask either way.
     weight.set_phase("low_rank")
+
+
+def _refuse_out_of_range(target: Target) -> None:
+    """What quantising would refuse half-way through the model is refused before anything is changed."""
+    limit = {"nf4": torch.finfo(torch.float32).max, "fp4": torch.finfo(torch.float32).max, "int8": 65504.0}.get(target.base)
+    module, attribute = target.owners[0]
+    weight = getattr(module, attribute).detach()
+    if limit is not None and torch.finfo(weight.dtype).max > limit:
+        largest = float(torch.linalg.vector_norm(weight, float("inf")))
+        if largest > limit:
+            raise RosaError(
+                f"{target.name} holds {largest:.6g}, base {target.base!r} reaches {limit:.6g}: use base 'keep' for it"
+            )
 
 
 def _attach(target: Target, spec: RosaSpec, strict: bool) -> RosaWeight:
@@ -84,67 +103,6 @@ def _attach(target: Target, spec: RosaSpec, strict: bool) -> RosaWeight:
     for owner, name in target.owners:
         parametrize.register_parametrization(owner, name, weight, unsafe=True)
     return weight
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Back to ordinary dense parameters D(Q) + ΔW, in place, in the dtype of the weight; returns the same object.
-
-    The sum is made in float32 (float64 for a float64 weight) and rounded once. Classes, parameter names and their order
-    are those before `transform`, shared weights are shared again, and parameters train again if they did before.
-
-    Raises:
-        RosaError: the model is not transformed, or a merged weight is not finite (then nothing is changed).
-    """
-    inner = unwrap(model)
-    state = state_of(inner)
-    for name, weight in state.weights.items():
-        _refuse_not_finite(name, weight)
-    for name, weight in state.weights.items():
-        dense = nn.Parameter(merged_weight(weight), requires_grad=False)
-        for owner, attribute in state.targets[name].owners:
-            _detach(owner, attribute, dense)
-    _restore_order(inner, list(state.requires_grad))
-    for name, parameter in inner.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(state.requires_grad.get(name, False))
-    delattr(inner, ATTRIBUTE)
-    return model
-
-
-def _refuse_not_finite(name: str, weight: RosaWeight) -> None:
-    if not all(bool(torch.isfinite(t).all()) for t in weight.delta_tensors() if t.is_floating_point()):
-        raise RosaError(f"{name}: its adapter holds NaN or infinity and cannot be merged; load a good checkpoint first")
-    # Made twice, here and in the merge: to keep all of them would hold the dense model beside the frozen one.
-    if not bool(torch.isfinite(merged_weight(weight)).all()):
-        raise RosaError(
-            f"{name}: D(Q) + ΔW exceeds the range of {weight.base.dtype} and cannot be merged; "
-            "load a good checkpoint, or move the model to a dtype with a wider range first"
-        )
-
-
-@torch.no_grad()
-def merged_weight(weight: RosaWeight) -> Tensor:
-    """D(Q) + ΔW [N, K]: summed in float32 or wider, rounded once to the dtype of the weight."""
-    base = weight.base
-    wide = torch.promote_types(base.dtype, torch.float32)
-    dense = base.format.dequantize(base.tensors(), weight.shape, wide).add_(weight.dense_delta())
-    return dense.to(base.dtype)
-
-
-@torch.no_grad()
-def _detach(module: nn.Module, attribute: str, dense: nn.Parameter) -> None:
-    parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-    delattr(module, attribute)
-    module.register_parameter(attribute, dense)
-
-
-def _restore_order(model: nn.Module, names: list[str]) -> None:
-    """Parameters in the order of `names`: a state_dict and an optimizer's numbering are as before the transform."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        if path in modules and attribute in modules[path]._parameters:  # else the user took it away since
-            parameters = modules[path]._parameters
-            parameters[attribute] = parameters.pop(attribute)
 
 
 def trainable_parameters(model: nn.Module, lr: float = 7e-4, lr_sparse: float = 2e-4) -> list[dict[str, object]]:
