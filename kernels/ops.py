@@ -10,6 +10,7 @@ Nothing here is differentiable twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from rosa_fx.kernels import definition
 from rosa_fx.kernels.layout import Layout
 
 DEVICES = ("cpu", "cuda")
+
+_on_capture: list[Callable[[], None]] = []
+
+
+def on_capture(callback: Callable[[], None]) -> None:
+    """Call `callback` whenever a rewritten weight is met while a graph is captured."""
+    if callback not in _on_capture:
+        _on_capture.append(callback)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -110,6 +119,9 @@ def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
 
 @materialize.register_fake
 def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+    # Capture is the one moment that every compilation passes through, under whatever configuration holds for it.
+    for callback in _on_capture:
+        callback()
     parsed = Layout.parse(layout)
     return base[0].new_empty(parsed.shape, dtype=parsed.dtype)
 

@@ -96,7 +96,7 @@ def _foldable_bias(node: Node, bias: Any, on_left: bool) -> bool:
     unscaled = node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1
     if val is None or on_left or node.target is not aten.addmm.default:
         return False
-    return unscaled and val.dim() == 1
+    return bool(unscaled) and val.dim() == 1
 
 
 def _add_bias(graph: Graph, node: Node, bias: Any, product: Node) -> Node:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.fx import Graph
 
 from rosa_fx.kernels.inductor import CustomGraphPass, add_joint_pass, hash_files
+from rosa_fx.kernels.ops import on_capture
 from rosa_fx.passes.joint import rewrite
 
 
@@ -34,5 +35,10 @@ _PASS = RosaPass()
 
 
 def install() -> None:
-    """Add the pass to Inductor's joint passes, behind those that are there. Does nothing if it is there already."""
+    """Add the pass to Inductor's joint passes, behind those that are there. Does nothing if it is there already.
+
+    From then on it is looked for again whenever a rewritten weight is captured: a configuration that was replaced since, or
+    `torch.compile(options=...)`, would leave it out.
+    """
+    on_capture(install)
     add_joint_pass(_PASS)

@@ -16,7 +16,7 @@ _shared: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDict
 
 
 def share_class(module: nn.Module) -> None:
-    """Give `module` the class that others parametrised like it have. Modules with parametrisations of other makers keep theirs."""
+    """Give `module` the class of those parametrised like it; one with parametrisations of another maker keeps its own."""
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
     if all(len(entry) == 1 and isinstance(entry[0], RosaWeight) for entry in lists.values()):  # type: ignore[arg-type, index]

@@ -128,7 +128,7 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(RosaError, match=r"neither config.json nor a .gguf file"):
         load_model(tmp_path)
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(RosaError, match="no (usable )?tokenizer"):
+    with pytest.raises(RosaError, match=r"no (usable )?tokenizer"):
         load_model(tmp_path)
     save_tokenizer(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -124,10 +124,10 @@ DownloadOption = Annotated[
 def demo(
     ctx: typer.Context,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: runs/demo, or runs/demo-2, … if it exists.")] = None,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps.")] = 40,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps.")] = 32,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Functions per step.")] = 8,
     max_length: Annotated[int, typer.Option("--max-length", min=32, help="Longer functions are left out.")] = 96,
-    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Held-out functions to evaluate on.")] = 64,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Held-out functions to evaluate on.")] = 48,
     base: BaseOption = Base.nf4,
     rank: RankOption = 16,
     density: DensityOption = 0.006,
