@@ -1,4 +1,4 @@
-"""A transformer written by hand, whose weights are no nn.Linear: python examples/not_hugging_face.py [--steps 30]
+"""A transformer written by hand, whose weights are no nn.Linear: python examples/not_hugging_face.py [--steps 30] [--blocks 2]
 
 The packed query-key-value weight, the attention output and the feed-forward weights are bare parameters, read by
 `@`, `einsum` and `F.linear`. rosa_fx needs no change to the model: it rewrites the weights wherever they are used.
@@ -41,7 +41,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens [batch, length] -> logits [batch, length, VOCABULARY]."""
 
-    def __init__(self, blocks: int = 2) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.1)
@@ -67,10 +67,12 @@ def repeated(rows: int = 16) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
-    steps = parser.parse_args().steps
+    parser.add_argument("--blocks", type=int, default=2)
+    arguments = parser.parse_args()
+    steps = arguments.steps
 
     torch.manual_seed(0)
-    model = Transformer()
+    model = Transformer(arguments.blocks)
     rosa_fx.transform(model, rosa_fx.RosaSpec(base="nf4", rank=16, density=0.05, schedule=f"wl{steps // 3}"))
     tokens, targets = repeated()
     print(rosa_fx.explain(model, tokens))

@@ -35,8 +35,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Embedding(256, 32), nn.Flatten(), nn.Linear(CONTEXT * 32, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256)
-    )  # fmt: skip
+        *(nn.Embedding(256, 32), nn.Flatten()),
+        *(nn.Linear(CONTEXT * 32, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU()),
+        nn.Linear(512, 256),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for x, y in batches(argparse, 100):
         nn.functional.cross_entropy(model(x), y).backward()

@@ -13,8 +13,9 @@ train_batches, held_out = (make_batches(rows, 8, 128, tokenizer.eos_token_id) fo
 
 spec = rosa_fx.RosaSpec(base="nf4", rank=16, density=0.006, schedule="wl4")
 model = rosa_fx.transform(model, spec)
+model.enable_input_require_grads()  # the first block then runs the same graph as the others
 for block in model.model.layers:
-    block.compile()  # the blocks are alike, so they compile sooner one by one than as one graph
+    block.compile()  # all blocks share one compiled graph, which starts much sooner than one of the whole model
 
 config = rosa_fx.TrainConfig(max_steps=int(steps), lr=2e-3, lr_sparse=5e-4, warmup_steps=2, compile=False)
 result = rosa_fx.train(model, train_batches, config, eval_batches=held_out)

@@ -1,37 +1,8 @@
-"""Hooking the rewrite into Inductor beside whatever passes the user already set."""
+"""Hooking the rewrite into Inductor beside whatever passes the user already set. Inductor is imported when it is needed."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-
-from torch.fx import Graph
-
-from rosa_fx.kernels.inductor import CustomGraphPass, add_joint_pass, hash_files
 from rosa_fx.kernels.ops import on_capture
-from rosa_fx.passes.joint import rewrite
-
-
-@lru_cache(maxsize=1)
-def source_files() -> tuple[str, ...]:
-    """Every file whose text decides what a compiled graph does: passes, operators, lowerings, native code."""
-    root = Path(__file__).resolve().parent.parent
-    folders = [root / name for name in ("passes", "kernels")]
-    files = [f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".cpp", ".h", ".jinja")]
-    return tuple(sorted(str(f) for f in files))
-
-
-class RosaPass(CustomGraphPass):
-    """`rewrite` as a joint-graph pass. Its identity covers the sources, so that an edit never meets a stale cache."""
-
-    def __call__(self, graph: Graph) -> None:
-        rewrite(graph)
-
-    def uuid(self) -> bytes:
-        return hash_files(source_files())
-
-
-_PASS = RosaPass()
 
 
 def install() -> None:
@@ -40,5 +11,8 @@ def install() -> None:
     From then on it is looked for again whenever a rewritten weight is captured: a configuration that was replaced since, or
     `torch.compile(options=...)`, would leave it out.
     """
+    from rosa_fx.kernels.inductor import add_joint_pass
+    from rosa_fx.passes.inductor_pass import ROSA_PASS
+
     on_capture(install)
-    add_joint_pass(_PASS)
+    add_joint_pass(ROSA_PASS)

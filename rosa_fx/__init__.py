@@ -1,15 +1,21 @@
-"""rosa_fx: RoSA and QRoSA fine-tuning (arXiv 2401.04679) as a torch.compile graph-rewriting pass."""
+"""rosa_fx: RoSA and QRoSA fine-tuning (arXiv 2401.04679) as a torch.compile graph-rewriting pass.
 
-from rosa_fx.adapter_files import load_adapter, save_adapter
-from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
-from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
-from rosa_fx.errors import RosaError
-from rosa_fx.mask import Mask
-from rosa_fx.merging import merge
-from rosa_fx.report import RewriteReport, TargetReport, explain
-from rosa_fx.schedule import MaskSchedule
-from rosa_fx.spec import RosaSpec
-from rosa_fx.training import TrainConfig, TrainResult, train
+Names are loaded on first use, so that `rosa-fx --help` and tools that only look at the package do not load torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rosa_fx.adapter_files import load_adapter, save_adapter
+    from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
+    from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
+    from rosa_fx.errors import RosaError
+    from rosa_fx.mask import Mask
+    from rosa_fx.merging import merge
+    from rosa_fx.report import RewriteReport, TargetReport, explain
+    from rosa_fx.schedule import MaskSchedule
+    from rosa_fx.spec import RosaSpec
+    from rosa_fx.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -37,3 +43,30 @@ __all__ = [
     "trainable_parameters",
     "transform",
 ]
+
+_HOME = {
+    "rosa_fx.adapter_files": ("load_adapter", "save_adapter"),
+    "rosa_fx.adapters": ("adapter_state", "load_adapter_state", "masks", "set_masks"),
+    "rosa_fx.attach": ("adapter", "base_weight", "delta", "trainable_parameters", "transform"),
+    "rosa_fx.errors": ("RosaError",),
+    "rosa_fx.mask": ("Mask",),
+    "rosa_fx.merging": ("merge",),
+    "rosa_fx.report": ("RewriteReport", "TargetReport", "explain"),
+    "rosa_fx.schedule": ("MaskSchedule",),
+    "rosa_fx.spec": ("RosaSpec",),
+    "rosa_fx.training": ("TrainConfig", "TrainResult", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    for module, names in _HOME.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(module), name)
+            return value
+    raise AttributeError(f"module 'rosa_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 
 import rosa_fx
 from rosa_fx.kernels.inductor import CustomGraphPass, joint_passes
-from rosa_fx.passes.install import RosaPass, install, source_files
+from rosa_fx.passes.inductor_pass import RosaPass, source_files
+from rosa_fx.passes.install import install
 from rosa_fx.passes.joint import rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,7 @@ def test_user_passes_are_kept_and_run() -> None:
 def test_compile_options_that_replace_the_passes_stay_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """`options` override the configuration while one model compiles; the pass hooks itself in again."""
     counts: list[dict[str, int]] = []
-    monkeypatch.setattr("rosa_fx.passes.install.rewrite", lambda graph: counts.append(rewrite(graph).counts))
+    monkeypatch.setattr("rosa_fx.passes.inductor_pass.rewrite", lambda graph: counts.append(rewrite(graph).counts))
     model = blocks(depth=1)
     x = torch.randn(3, 24)
     step = torch.compile(model, options={"joint_custom_pre_pass": None})

@@ -368,3 +368,50 @@ def test_paths_of_capture_become_names() -> None:
     assert normalise("L['self'].layers[0].up.parametrizations.weight.0") == "layers.0.up.weight"
     assert normalise("L['m']._modules['a']._modules['0'].parametrizations.in_proj_weight.0") == "a.0.in_proj_weight"
     assert normalise("L['fn'].parametrizations.w.0") == "w"
+
+
+def test_hugging_face_models_are_fused_whole() -> None:
+    """GPT-2's Conv1D stores [in, out]; Llama's projections are nn.Linear. Tied heads and embeddings stay as they are."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=16))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64,
+        )
+    )
+    ids = torch.randint(0, 64, (2, 8))
+    # Per layer 4 or 7 weights; the first projections read an embedding that needs no gradient.
+    expected = {"gpt2": (8, {"linear": 7, "linear_t": 8}), "llama": (14, {"linear": 14, "linear_t": 11})}
+    for model in (gpt, llama):
+        rosa_fx.transform(model, rosa_fx.RosaSpec(rank=4, density=0.05))
+        report = rosa_fx.explain(model, input_ids=ids, use_cache=False)
+        targets, products = expected[model.config.model_type]
+        assert (report.fused, len(report.targets), report.graph_breaks) == (targets, targets, 0)
+        assert report.counts == products | {"linear_grads": targets, "dense": 0}
+        assert not any("lm_head" in t.name or "wte" in t.name or "embed" in t.name for t in report.targets)
+
+
+def test_dropout_drops_input_features_of_the_low_rank_part() -> None:
+    torch.manual_seed(0)
+    model = prepared(lambda x, w, b: F.linear(x, w), (32, 24), dropout=0.5, density=0.0)
+    term = rosa_fx.adapter(model, "weight")
+    x = torch.eye(24)
+    call, reports = rewritten(model, fullgraph=True)
+    full = term.scale * (term.low_rank.B @ term.low_rank.A).T
+    model.eval()
+    base = rosa_fx.base_weight(model, "weight").T
+    assert (call(x) - base - full).norm() <= 64 * torch.finfo(torch.float32).eps * full.norm()
+    model.train()
+    part = call(x) - base
+    dropped = part.abs().amax(dim=1) <= 1e-6
+    assert 0 < int(dropped.sum()) < 24, "rows of zeros where a feature was dropped"
+    kept = part[~dropped] - 2 * full[~dropped]
+    assert kept.norm() <= 64 * torch.finfo(torch.float32).eps * full.norm() * 2
+    assert [report.counts["dense"] for report in reports] == [0, 0]

@@ -7,14 +7,13 @@ import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from torch.nn.utils import parametrize
 
 import rosa_fx
 from rosa_fx.data.encoding import Encoded, render
@@ -98,27 +97,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     if not lists:
         raise RosaError("the model has no list of equal blocks to compile: use --compile-scope model")
     blocks = max(lists, key=lambda found: (sum(p.numel() for p in found.parameters()), len(found)))
-    _share_parametrized_classes(model)
     _start_gradients_at_the_input(model)
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)
-
-
-def _share_parametrized_classes(model: nn.Module) -> None:
-    """Give modules with the same class and the same parametrised attributes one class, as they had before.
-
-    torch makes a class for every parametrised module. They do not differ, but compiled code is guarded on the class, so
-    that no block could use another one's graph.
-    """
-    classes: dict[Any, type] = {}
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            key = (
-                parametrize.type_before_parametrizations(module),
-                tuple(sorted(cast(nn.ModuleDict, module.parametrizations))),
-            )
-            module.__class__ = classes.setdefault(key, type(module))
 
 
 def _start_gradients_at_the_input(model: nn.Module) -> None:

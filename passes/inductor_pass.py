@@ -1,0 +1,33 @@
+"""The rewrite as Inductor knows it: a joint-graph pass with an identity for its caches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from torch.fx import Graph
+
+from rosa_fx.kernels.inductor import CustomGraphPass, hash_files
+from rosa_fx.passes.joint import rewrite
+
+
+@lru_cache(maxsize=1)
+def source_files() -> tuple[str, ...]:
+    """Every file whose text decides what a compiled graph does: passes, operators, lowerings, native code."""
+    root = Path(__file__).resolve().parent.parent
+    folders = [root / name for name in ("passes", "kernels")]
+    files = [f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".cpp", ".h", ".jinja")]
+    return tuple(sorted(str(f) for f in files))
+
+
+class RosaPass(CustomGraphPass):
+    """`rewrite` as a joint-graph pass. Its identity covers the sources, so that an edit never meets a stale cache."""
+
+    def __call__(self, graph: Graph) -> None:
+        rewrite(graph)
+
+    def uuid(self) -> bytes:
+        return hash_files(source_files())
+
+
+ROSA_PASS = RosaPass()
