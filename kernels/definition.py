@@ -8,6 +8,8 @@ With W = D(Q) + Σ terms (design: y = x (D(Q)+S)ᵀ + s (x Aᵀ) Bᵀ + b):
     linear_grads           gradients of the delta's parameters from dy [*, N] and x [*, K]
     materialize_backward   the same gradients from a dense dW [N, K]
 
+A layout with a region uses that part of W, and its gradients are those of the whole with zeros elsewhere.
+
 Everything is computed in `accumulate` (float32 unless an operand is float64) and rounded once at the end.
 Give float64 operands and a float64 layout for the exact value.
 """
@@ -42,19 +44,33 @@ def materialize(base: Sequence[Tensor], delta: Sequence[Tensor], layout: Layout)
 
 def linear(x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], layout: Layout) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
-    out = x.to(dtype) @ dense_weight(base, delta, layout, dtype).t()
+    out = x.to(dtype) @ layout.cut(dense_weight(base, delta, layout, dtype)).t()
     return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
 def linear_t(dy: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], layout: Layout) -> Tensor:
     dtype = accumulate_dtype(dy.dtype)
-    out = dy.to(dtype) @ dense_weight(base, delta, layout, dtype)
+    out = dy.to(dtype) @ layout.cut(dense_weight(base, delta, layout, dtype))
     return (out if bias is None else out + bias.to(dtype)).to(dy.dtype)
+
+
+def whole_factors(dy: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """dy [M, N] and x [M, K] for the whole weight: what belongs to a region is set into zeros."""
+    if layout.region is None:
+        return dy, x
+    row, row_stop, column, column_stop = layout.region
+    rows, columns = layout.shape
+    if (row, row_stop) != (0, rows):
+        dy = torch.nn.functional.pad(dy, (row, rows - row_stop))
+    if (column, column_stop) != (0, columns):
+        x = torch.nn.functional.pad(x, (column, columns - column_stop))
+    return dy, x
 
 
 def linear_grads(dy: Tensor, x: Tensor, delta: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     dtype = accumulate_dtype(dy.dtype, x.dtype)
-    dW = dy.reshape(-1, dy.shape[-1]).to(dtype).t() @ x.reshape(-1, x.shape[-1]).to(dtype)
+    dy, x = whole_factors(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), layout)
+    dW = dy.to(dtype).t() @ x.to(dtype)
     return materialize_backward(dW, delta, layout)
 
 

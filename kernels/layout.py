@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rosa_fx.kernels.bases.base import BaseFormat
-from rosa_fx.kernels.terms.base import Shape, Term
+from rosa_fx.kernels.terms.base import Region, Shape, Term
 from rosa_fx.kernels.terms.registry import term
 
 
@@ -23,7 +23,8 @@ from rosa_fx.kernels.terms.registry import term
 class Layout:
     """Shape [N, K] and dtype of the weight as the model sees it, base format, terms.
 
-    `strict` makes a consumer that cannot be fused an error at compile time.
+    `strict` makes a consumer that cannot be fused an error at compile time. `region` says which part of the weight a product
+    uses, [row start, row stop) and [column start, column stop), where that is not all of it (a packed qkv projection).
     """
 
     shape: Shape
@@ -31,6 +32,14 @@ class Layout:
     base: BaseFormat
     terms: tuple[Term, ...] = field(default=())
     strict: bool = False
+    region: Region | None = None
+
+    @property
+    def out_shape(self) -> Shape:
+        """(N, K) of the part of the weight that a product uses."""
+        if self.region is None:
+            return self.shape
+        return self.region[1] - self.region[0], self.region[3] - self.region[2]
 
     @property
     def key(self) -> str:
@@ -46,10 +55,22 @@ class Layout:
             base=BaseFormat.from_dict(data["base"]),
             terms=tuple(term(t.pop("kind"), **t) for t in data["terms"]),
             strict=data["strict"],
+            region=None if data["region"] is None else tuple(data["region"]),
         )
 
     def with_dtype(self, dtype: torch.dtype) -> Layout:
         return replace(self, dtype=dtype)
+
+    def part(self, region: Region) -> Layout:
+        """The layout of a product with that part of the weight."""
+        return replace(self, region=None if region == (0, self.shape[0], 0, self.shape[1]) else region)
+
+    def cut(self, weight: Tensor) -> Tensor:
+        """The region of a dense weight [N, K], as a view."""
+        if self.region is None:
+            return weight
+        row, row_stop, column, column_stop = self.region
+        return weight[row:row_stop, column:column_stop]
 
     def split(self, delta: Sequence[Tensor]) -> Iterator[tuple[Term, Sequence[Tensor]]]:
         """Each term with its own tensors out of the flat list `delta`."""
@@ -83,6 +104,7 @@ def _encode(layout: Layout) -> str:
             "base": layout.base.to_dict(),
             "terms": [{"kind": item.kind, **item.fields()} for item in layout.terms],
             "strict": layout.strict,
+            "region": layout.region,
         },
         separators=(",", ":"),
     )

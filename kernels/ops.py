@@ -41,8 +41,13 @@ def _product(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Ten
     weight = (parsed.base.dequantize if folded else parsed.base.read)(base, parsed.shape, x.dtype)
     for item, tensors in folded:
         item.fold_(weight, tensors)
+    weight = parsed.cut(weight)
     rows, right = _flat(x), weight if transposed else weight.t()
-    pairs = [item.factors(rows, tensors, transposed) for item, tensors in terms if not item.folds]
+    pairs = [
+        item.factors(rows, tensors if parsed.region is None else item.cut(tensors, parsed.region), transposed)
+        for item, tensors in terms
+        if not item.folds
+    ]
     if pairs and x.dtype in (torch.bfloat16, torch.float16):
         # y rounded to 8 or 11 bits would swallow an early delta, so the terms ride in the accumulator of one GEMM:
         # y = [x, x Aᵀ] [W, s B]ᵀ. It costs a copy of x and of the weight just written, and saves the passes over y.
@@ -110,8 +115,9 @@ def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], l
 
 @linear_grads.register_kernel(DEVICES)
 def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
-    dy, x = _flat(dy), _flat(x)
-    return [grad for item, tensors in Layout.parse(layout).split(delta) for grad in item.grads(dy, x, tensors)]
+    parsed = Layout.parse(layout)
+    dy, x = definition.whole_factors(_flat(dy), _flat(x), parsed)
+    return [grad for item, tensors in parsed.split(delta) for grad in item.grads(dy, x, tensors)]
 
 
 # --- fakes -------------------------------------------------------------------------------------------------------
@@ -128,12 +134,12 @@ def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
 
 @linear.register_fake
 def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Layout.parse(layout).shape[0])
+    return x.new_empty(*x.shape[:-1], Layout.parse(layout).out_shape[0])
 
 
 @linear_t.register_fake
 def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Layout.parse(layout).shape[1])
+    return x.new_empty(*x.shape[:-1], Layout.parse(layout).out_shape[1])
 
 
 def _empty_grads(delta: list[Tensor], layout: str) -> list[Tensor]:

@@ -12,129 +12,48 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
 from rosa_fx.kernels.layout import Layout
-from rosa_fx.passes.fuse_linear import emit, emit_transpose
-from rosa_fx.passes.views import SAME_ELEMENTS, is_getitem, is_view, matrix_orientation, trace, value
+from rosa_fx.passes.fuse_linear import emit
+from rosa_fx.passes.views import SAME_ELEMENTS, is_getitem, is_view, value
+from rosa_fx.passes.weight_gradient import Product, Summand, summands
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
-
-
-@dataclass(frozen=True)
-class Factors:
-    """dW = scale · left @ right, left [N, M] and right [M, K], or both with a batch dimension that is summed over."""
-
-    left: Node
-    right: Node
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Summand:
-    """scale · node, one summand of a weight gradient."""
-
-    node: Node
-    scale: float = 1.0
 
 
 def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
     """Rewrite one `materialize_backward` node: (fused products, reason if something stayed dense)."""
     dW, delta, key = node.args
     assert isinstance(dW, Node)
-    assert isinstance(delta, (list, tuple))
     layout = Layout.parse(str(key))
-    fused: list[Factors] = []
+    fused: list[Product] = []
     rest: list[Summand] = []
-    for summand in _summands(dW):
-        factors = _factors(summand, layout.shape)
-        if factors is None:
+    for summand in summands(dW):
+        products = summand.products(layout.shape)
+        if products is None:
             rest.append(summand)
         else:
-            fused.append(factors)
+            fused += products
     if not fused:
         return 0, _describe(rest[0].node)
     if not layout.additive and (rest or len(fused) > 1):
         return 0, f"mask selection over {len(fused) + len(rest)} uses of one weight takes the dense gradient"
     results: list[Node] = []
     with graph.inserting_before(node):
-        for factors in fused:
-            dy, x = emit_transpose(graph, factors.left), factors.right
-            if factors.scale != 1:
-                dy = emit(graph, aten.mul.Tensor, dy, factors.scale)
-            results.append(emit(graph, ops.linear_grads.default, dy, x, delta, key))
+        for product in fused:
+            dy, x = product.emit(graph)
+            results.append(emit(graph, ops.linear_grads.default, dy, x, delta, layout.part(product.region).key))
         if rest:
-            total = _scaled(graph, rest[0])
+            total = rest[0].emit(graph)
             for other in rest[1:]:
-                total = emit(graph, aten.add.Tensor, total, _scaled(graph, other))
+                total = emit(graph, aten.add.Tensor, total, other.emit(graph))
             results.append(emit(graph, ops.materialize_backward.default, total, delta, key))
     _replace_items(graph, node, results)
     return len(fused), _describe(rest[0].node) if rest else ""
-
-
-def _scaled(graph: Graph, summand: Summand) -> Node:
-    return summand.node if summand.scale == 1 else emit(graph, aten.mul.Tensor, summand.node, summand.scale)
-
-
-def _summands(node: Node, scale: float = 1.0) -> list[Summand]:
-    """The summands of a weight gradient, looking through additions and constant factors, under casts and copies."""
-    inner = node
-    while inner.target in SAME_ELEMENTS and isinstance(inner.args[0], Node):
-        inner = inner.args[0]
-    if inner.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(inner.args[0], Node):
-        factor = inner.args[1]
-        if isinstance(factor, (int, float)):
-            return _summands(inner.args[0], scale * factor)
-    if inner.target is aten.add.Tensor and not inner.kwargs:
-        left, right = inner.args[:2]
-        if isinstance(left, Node) and isinstance(right, Node):
-            sizes = {tuple(v.shape) if (v := value(n)) is not None else None for n in (left, right, inner)}
-            if len(sizes) == 1:
-                return _summands(left, scale) + _summands(right, scale)
-    return [Summand(node, scale)]
-
-
-def _factors(summand: Summand, shape: tuple[int, int]) -> Factors | None:
-    """The factors of a summand that is a matrix product, seen through views, or a batched one summed over its batch.
-
-    A transposed product is turned round, dW = (a b)ᵀ = bᵀ aᵀ, by views.
-    """
-    traced = trace(summand.node)
-    if traced is None or tuple(_without_ones(traced.shadow.shape)) != tuple(shape):
-        return None
-    product = traced.source
-    if product.target is aten.sum.dim_IntList and product.args[1] == [0] and isinstance(product.args[0], Node):
-        summed = value(product)
-        product = product.args[0]
-        if product.target is not aten.bmm.default or summed is None:
-            return None
-    elif product.target is aten.bmm.default:
-        batched = value(product)
-        if batched is None or batched.shape[0] != 1:
-            return None
-    elif product.target is not aten.mm.default:
-        return None
-    left, right = product.args
-    val = value(product)
-    if val is None or not (isinstance(left, Node) and isinstance(right, Node)):
-        return None
-    orientation = matrix_orientation(traced, (val.shape[-2], val.shape[-1]))
-    if orientation is None:
-        return None
-    if orientation:
-        with product.graph.inserting_before(product):
-            left, right = emit_transpose(product.graph, right), emit_transpose(product.graph, left)
-    return Factors(left, right, summand.scale)
-
-
-def _without_ones(sizes: Sequence[int]) -> Sequence[int]:
-    """Sizes without leading dimensions of 1."""
-    return sizes[-2:] if len(sizes) >= 2 and all(size == 1 for size in sizes[:-2]) else sizes
 
 
 def _replace_items(graph: Graph, node: Node, results: list[Node]) -> None:

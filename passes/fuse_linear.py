@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 import rosa_fx.kernels.ops  # noqa: F401  (registers the operators)
 from rosa_fx.kernels.layout import Layout
-from rosa_fx.passes.views import matrix_orientation, trace, value
+from rosa_fx.passes.views import matrix_region, trace, value
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
@@ -58,10 +58,13 @@ def fuse_product(graph: Graph, node: Node) -> tuple[Node, str] | None:
         if traced is None or traced.source.target is not ops.materialize.default:
             continue
         base, delta, key = traced.source.args
-        transposed = matrix_orientation(traced, Layout.parse(str(key)).shape)
+        layout = Layout.parse(str(key))
+        shown = matrix_region(traced, layout.shape)
         x, out = value(other), value(node)
-        if transposed is None or x is None or out is None or x.dtype != out.dtype or not x.dtype.is_floating_point:
+        if shown is None or x is None or out is None or x.dtype != out.dtype or not x.dtype.is_floating_point:
             continue
+        transposed, region = shown
+        key = layout.part(region).key
         on_left = weight_at == left_at
         # Right of x the operator wants Wᵀ for `linear`; left of x, in out = W x = (xᵀ Wᵀ)ᵀ, it wants W.
         target = ops.linear.default if transposed != on_left else ops.linear_t.default

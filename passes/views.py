@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from rosa_fx.kernels.terms.base import Region, Shape
+
 aten = torch.ops.aten
 
 # Change values' representation or memory at most, never which element is where.
@@ -29,20 +31,27 @@ SAME_ELEMENTS = {
 }
 
 
+# Several views at once; `getitem` picks one.
+SPLITS = {
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+}
+
+
 @dataclass(frozen=True)
 class Traced:
     """`source` seen through views: `shadow` has the node's sizes, and strides into the source's contiguous storage."""
 
     source: Node
     shadow: Tensor
-    cast: bool
-
-    def sizes_and_strides(self) -> list[tuple[int, int]]:
-        """(size, stride) of each dimension longer than 1."""
-        return [(size, stride) for size, stride in zip(self.shadow.shape, self.shadow.stride(), strict=True) if size != 1]
 
 
 def is_view(node: Node) -> bool:
+    if is_getitem(node):
+        return isinstance(node.args[0], Node) and node.args[0].target in SPLITS
+    if node.target in SPLITS:
+        return True
     return isinstance(node.target, torch._ops.OpOverload) and (
         node.target.is_view or node.target is aten._unsafe_view.default or node.target is aten.reshape.default
     )
@@ -69,12 +78,9 @@ def trace(node: Node) -> Traced | None:
     source = value(node)
     if source is None or not all(isinstance(size, int) for size in source.shape):
         return None
-    shadow = torch.empty(source.shape, device="meta")
-    cast = False
+    shadow: Any = torch.empty(source.shape, device="meta")
     for step in reversed(chain):
         if step.target in SAME_ELEMENTS:
-            val = value(step)
-            cast = cast or (val is not None and val.dtype != source.dtype)
             continue
         if any(isinstance(arg, Node) for arg in step.all_input_nodes[1:]):
             return None
@@ -84,34 +90,33 @@ def trace(node: Node) -> Traced | None:
             shadow = target(shadow, *step.args[1:], **step.kwargs)
         except (RuntimeError, ValueError):
             return None
-        if not isinstance(shadow, Tensor):
-            return None
-    return Traced(node, shadow, cast)
+    return Traced(node, shadow) if isinstance(shadow, Tensor) else None
 
 
-def matrix_orientation(traced: Traced, shape: tuple[int, int]) -> bool | None:
-    """How a matrix over a contiguous source [N, K] lies: False as stored, True transposed, None neither.
+def matrix_region(traced: Traced, shape: Shape) -> tuple[bool, Region] | None:
+    """What part of a contiguous source [N, K] a matrix shows: (False as stored or True transposed, its region).
 
-    Leading dimensions of size 1, or expanded (stride 0), do not count.
+    None if it is no such matrix. Leading dimensions of size 1, or expanded (stride 0), do not count.
     """
     shadow = traced.shadow
-    if shadow.dim() < 2 or shadow.storage_offset() != 0:
+    if shadow.dim() < 2:
         return None
     if any(size != 1 and stride != 0 for size, stride in zip(shadow.shape[:-2], shadow.stride()[:-2], strict=True)):
         return None
     rows, columns = shape
-    sizes, strides = tuple(shadow.shape[-2:]), shadow.stride()[-2:]
+    start, column = divmod(int(shadow.storage_offset()), columns)
 
-    def lies(expected: tuple[int, int], expected_strides: tuple[int, int]) -> bool:
-        return sizes == expected and all(
-            size == 1 or stride == wanted for size, stride, wanted in zip(sizes, strides, expected_strides, strict=True)
-        )
+    def region(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Region | None:
+        lies = all(size == 1 or stride == wanted for size, stride, wanted in zip(sizes, strides, (columns, 1), strict=True))
+        fits = start + sizes[0] <= rows and column + sizes[1] <= columns
+        return (start, start + sizes[0], column, column + sizes[1]) if lies and fits else None
 
-    if lies((columns, rows), (1, columns)):
-        return True
-    if lies((rows, columns), (columns, 1)):
-        return False
-    return None
+    sizes, strides = tuple(shadow.shape[-2:]), tuple(shadow.stride()[-2:])
+    whole = (0, rows, 0, columns)
+    stored, turned = region(sizes, strides), region(sizes[::-1], strides[::-1])
+    if turned is not None and (turned == whole or stored is None):
+        return True, turned
+    return None if stored is None else (False, stored)
 
 
 def is_getitem(node: Node) -> bool:

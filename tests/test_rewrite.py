@@ -133,6 +133,13 @@ SPELLINGS: dict[str, tuple[Spelling, tuple[int, int], tuple[int, ...], int]] = {
     "used twice": (lambda x, w, b: torch.tanh(x @ w) @ w, (24, 24), (2, 5, 24), 2),
     "used both ways": (lambda x, w, b: torch.tanh(x @ w) @ w.T, (24, 24), (2, 5, 24), 2),
     "square": (lambda x, w, b: F.linear(x, w), (24, 24), (7, 24), 1),
+    "some rows": (lambda x, w, b: F.linear(x, w[8:24], b[8:24]), (32, 24), (2, 5, 24), 1),
+    "some columns": (lambda x, w, b: x @ w[:, :16], (24, 32), (2, 5, 24), 1),
+    "a block": (lambda x, w, b: x[..., 3:20] @ w[3:20, 5:30], (24, 32), (2, 5, 24), 1),
+    "rows of the transpose": (lambda x, w, b: x @ w.T[:, 4:9], (32, 24), (2, 5, 24), 1),
+    "chunks of qkv": (lambda x, w, b: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1), (48, 24), (2, 5, 24), 3),
+    "split unevenly": (lambda x, w, b: x @ w.split([20, 12])[0].T, (32, 24), (2, 5, 24), 1),
+    "narrow": (lambda x, w, b: x @ w.narrow(1, 2, 7), (24, 32), (2, 5, 24), 1),
     "one output": (lambda x, w, b: F.linear(x, w), (1, 24), (2, 5, 24), 1),
 }
 
@@ -181,7 +188,7 @@ UNFUSED: dict[str, tuple[Spelling, str]] = {
     "clamped": (lambda x, w, b: x @ w.clamp(-0.1, 0.1), "clamp"),
     "scaled": (lambda x, w, b: x @ (w * 2.0), "mul"),
     "summed beside the product": (lambda x, w, b: x @ w + w.sum(), "sum"),
-    "sliced": (lambda x, w, b: x @ w[:, :16], "mm"),
+    "every other column": (lambda x, w, b: x @ w[:, ::2], "mm"),
 }
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, int]
+Region = tuple[int, int, int, int]
+"""[row start, row stop) and [column start, column stop) of a weight."""
 
 
 class Term(ABC):
@@ -56,6 +58,10 @@ class Term(ABC):
         dense = self.dense(tensors, (weight.shape[0], weight.shape[1]), dtype)
         if dense is not None:
             weight.copy_(weight.to(dtype) + dense)
+
+    def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
+        """The tensors of the term for that part of the weight, as views (terms without `folds`)."""
+        raise AssertionError(f"term {self.kind!r} folds into the weight and is cut with it")
 
     def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
         """(left [M, R], right [R, ·]) in x's dtype with x termᵀ = left @ right, or x term = left @ right if `transposed`.

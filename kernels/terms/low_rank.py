@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rosa_fx.kernels.terms.base import Shape, Term
+from rosa_fx.kernels.terms.base import Region, Shape, Term
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class LowRank(Term):
             weight.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=self.scale)
         else:
             super().fold_(weight, tensors)
+
+    def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
+        A, B = tensors
+        row, row_stop, column, column_stop = region
+        return A[:, column:column_stop], B[row:row_stop]
 
     def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
         A, B = tensors[0].to(x.dtype), self._scaled(tensors[1], x.dtype)
