@@ -28,17 +28,19 @@ def save_loss_curve(metrics: Path | str, picture: Path | str, title: str = "") -
     axes = figure.add_subplot()
     x = [row["step"] for row in steps]
     y = [row["loss"] for row in steps]
-    axes.plot(x, y, color="0.75", linewidth=0.8, label="training, each step")
-    span = max(1, len(y) // 20)
+    axes.plot(x, y, color="0.7", linewidth=0.8, label="training, each step")
+    span = min(len(y), max(4, len(y) // 20))
     mean = [sum(y[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(y))]
-    axes.plot(x, mean, color="C0", label=f"training, mean of {span}" if span > 1 else "training")
+    axes.plot(x, mean, color="C0", label=f"training, mean of {span} steps")
     if evals:
         axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], "o-", color="C3", label="held out")
-    for before, after in itertools.pairwise(steps):
-        if before["phase"] != after["phase"]:
-            at = (before["step"] + after["step"]) / 2
-            axes.axvline(at, color="0.4", linestyle=":", linewidth=1)
-            axes.annotate(f" {after['phase']}", (at, 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+    changes = [(before, after) for before, after in itertools.pairwise(steps) if before["phase"] != after["phase"]]
+    for number, (before, after) in enumerate(changes):
+        at = (before["step"] + after["step"]) / 2
+        axes.axvline(at, color="0.4", linestyle=":", linewidth=1)
+        # A phase may last one step: names go to different heights so that they never overlap.
+        height = 0.99 - 0.04 * (number % 3)
+        axes.annotate(f" {after['phase']}", (at, height), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     axes.set(xlabel="optimizer step", ylabel="loss", title=title)
     axes.legend()
     path = Path(picture)
