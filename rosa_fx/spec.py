@@ -201,7 +201,7 @@ class RosaSpec:
         adapter_dtype: dtype of A, B and the sparse values, ``"float32"``, ``"bfloat16"`` or ``"float16"``; a
             ``torch.dtype`` is taken too and stored as its name.
         schedule: ``"wl<n>"`` (low-rank only for n optimizer steps, then masks are made, then both terms),
-            ``"spa_only"`` (needs rank 0), ``"lora_only"`` (needs density 0).
+            ``"spa_only"`` (sparse alone), ``"lora_only"`` (low-rank alone): the other term stays as it began, without effect.
         num_grads: optimizer steps whose gradients are collected for the masks, at least 1.
         grad_mode: what is averaged: ``"mean_squared"`` (g², the diagonal Fisher information) or ``"mean"`` (g).
     """
@@ -272,20 +272,13 @@ class RosaSpec:
         densities |= {f"overrides[{p!r}]['density']": o.get("density", 0.0) for p, o in self.overrides.items()}
         if not any(ranks.values()) and not any(densities.values()):
             raise RosaError("rank=0 and density=0.0 leave nothing to train: raise rank or density")
-        if self.schedule == "lora_only":
-            for name, density in densities.items():
-                if density > 0:
-                    raise RosaError(
-                        f"schedule='lora_only' never trains a sparse term, but {name}={density}: "
-                        "set it to 0, or choose schedule='wl<n>'"
-                    )
-        if self.schedule == "spa_only":
-            for name, rank in ranks.items():
-                if rank > 0:
-                    raise RosaError(
-                        f"schedule='spa_only' never trains a low-rank term, but {name}={rank}: "
-                        "set it to 0, or choose schedule='wl<n>'"
-                    )
+        # A term that the schedule never trains keeps its initial state, which adds nothing to the weight.
+        if self.schedule == "lora_only" and not any(ranks.values()):
+            raise RosaError("schedule='lora_only' trains the low-rank term alone, but rank=0: raise it, or choose 'spa_only'")
+        if self.schedule == "spa_only" and not any(densities.values()):
+            raise RosaError(
+                "schedule='spa_only' trains the sparse term alone, but density=0.0: raise it, or choose 'lora_only'"
+            )
 
     @property
     def torch_adapter_dtype(self) -> torch.dtype:
