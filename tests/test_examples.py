@@ -1,0 +1,171 @@
+"""The examples and the README do what they say: run as a user runs them, and compared with the code they describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import rosa_fx
+from rosa_fx.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(*arguments: str | Path, cwd: Path, **variables: str) -> str:
+    """Standard output of `python *arguments`, run in `cwd`."""
+    environment = (
+        os.environ
+        | variables
+        | {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+    )
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(number) for number in re.findall(pattern, text)]
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights and a tokenizer that knows single characters only."""
+    folder = tmp_path_factory.mktemp("model")
+    words = list(dict.fromkeys(["<s>", "</s>", "?", *map(chr, range(33, 127))]))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:2])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?", chat_template=TEMPLATE).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=1, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_quickstart(model_dir: Path, tmp_path: Path) -> None:
+    # The other examples, and the tests of the command line, compile; five graphs of a block here would take a minute.
+    printed = run(ROOT / "examples" / "quickstart.py", model_dir, "7", cwd=tmp_path, TORCH_COMPILE_DISABLE="1")
+    ((before, after),) = re.findall(r"held-out loss (\d+\.\d+) -> (\d+\.\d+), adapter in runs/quickstart", printed)
+    assert float(after) < float(before)
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    rosa_fx.load_adapter(model, tmp_path / "runs" / "quickstart")
+    assert len(rosa_fx.masks(model)) == 14, "seven weights in each of two blocks"
+
+
+def test_own_loop(tmp_path: Path) -> None:
+    printed = run(ROOT / "examples" / "own_loop.py", "--steps", "24", "--out", "adapter", cwd=tmp_path)
+    assert re.findall(r"step (\d+): (\w+)", printed) == [("0", "low_rank"), ("6", "collect"), ("7", "joint"), ("23", "joint")]
+    losses = numbers(r"loss (\d+\.\d+)", printed)
+    assert losses[-1] < losses[0]
+    (sparse,) = numbers(r"sparse: (\d+) parameters", printed)
+    assert f"{sparse:.0f} entries in the masks; adapter in adapter" in printed
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_not_hugging_face(tmp_path: Path) -> None:
+    # Two steps: one that collects and one with both terms; the example before this one goes through all phases.
+    printed = run(ROOT / "examples" / "not_hugging_face.py", "--steps", "2", "--blocks", "1", cwd=tmp_path)
+    assert re.findall(r"^blocks\.0\.(\w+) .* (\w+)$", printed, flags=re.MULTILINE) == [
+        ("qkv", "fused"),
+        ("attention_out", "fused"),
+        ("up", "fused"),
+        ("down", "fused"),
+    ]
+    assert "4 targets: 4 fused, 0 dense, 0 unused; 0 graph breaks, 0 recompiles" in printed
+    first, last = numbers(r"loss (\d+\.\d+)", printed)
+    assert last < first
+    (difference,) = numbers(r"outputs differ by at most (\S+)", printed)
+    assert "merged: Parameters again" in printed
+    assert difference < 1e-3
+
+
+def test_quickstart_is_short() -> None:
+    lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 22
+
+
+# --- README ------------------------------------------------------------------------------------------------------
+
+
+def test_python_blocks_run_one_after_the_other(tmp_path: Path) -> None:
+    program = tmp_path / "readme.py"
+    program.write_text("\n".join(blocks("python")), encoding="utf-8")
+    printed = run(program, cwd=tmp_path)
+    assert "2 targets: 2 fused, 0 dense, 0 unused; 0 graph breaks, 0 recompiles" in printed
+    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+
+
+def spec_table() -> str:
+    """The README's table of RosaSpec, from the fields and their text in the docstring."""
+    text = textwrap.dedent((rosa_fx.RosaSpec.__doc__ or "").split("Fields:\n")[1])
+    described = dict(re.findall(r"^(\w+): (.*?)(?=^\w+: |\Z)", text, flags=re.MULTILINE | re.DOTALL))
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(rosa_fx.RosaSpec):
+        default = getattr(rosa_fx.RosaSpec(), field.name)
+        shown = f'"{default}"' if isinstance(default, str) else repr(default)
+        meaning = re.sub(r":\w+:`(\w+)`", r"`\1`", " ".join(described[field.name].split())).replace("``", "`")
+        meaning = meaning.removesuffix(".").replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{shown}` | {meaning} |")
+    return "\n".join(rows)
+
+
+def test_spec_table_is_that_of_the_code() -> None:
+    table = spec_table()
+    assert table in README, f"README.md does not have the table of RosaSpec's fields as they are now:\n{table}"
+
+
+def test_every_public_name_is_there() -> None:
+    code = " ".join(re.findall(r"`([^`]+)`", README.split("## Public interface")[1]))
+    assert [name for name in rosa_fx.__all__ if not re.search(rf"\b{name}\b", code)] == []
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "explain", "merge"])
+def test_options_named_exist(command: str) -> None:
+    (row,) = (line for line in README.splitlines() if line.startswith(f"| `rosa-fx {command}"))
+    wide = CliRunner(env={"COLUMNS": "200"})
+    shown = wide.invoke(app, [command, "--help"]).output
+    named = set(re.findall(r"--[a-z-]+", row))
+    assert named
+    assert {option for option in named if not re.search(rf"{option}\b", shown)} == set()
+
+
+def test_commands_are_those_that_are_checked() -> None:
+    """The second block is the one that `.ci/run` runs, and both install extras that exist."""
+    first, second = (block.strip() for block in blocks("bash"))
+    assert "rosa-fx demo" in first
+    assert f"'{second}'" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"\[(\w+)\]", first + second) == ["hf", "test"]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
