@@ -16,9 +16,11 @@ from rosa_fx.errors import RosaError
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
+from rosa_fx.passes.fuse_vector import fuse_vector_product
 from rosa_fx.passes.report import GraphReport, source_line, weight_name
 from rosa_fx.passes.views import SAME_ELEMENTS, is_view, value
 
+aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
 
@@ -38,9 +40,9 @@ def rewrite(graph: Graph, *, strict: bool = True) -> GraphReport:
     by_delta = {_identity(node): names[node] for node in weights}
     for node in weights:
         report.use(names[node], str(node.args[2]))
-    for target in PRODUCTS:
+    for target, fuse in (*((target, fuse_product) for target in PRODUCTS), (aten.sum.dim_IntList, fuse_vector_product)):
         for node in graph.find_nodes(op="call_function", target=target):
-            found = fuse_product(graph, node)
+            found = fuse(graph, node)
             if found is not None:
                 weight, operator = found
                 report.counts[operator] += 1

@@ -166,7 +166,9 @@ def _zeros(node: object) -> bool:
 
 
 def _matrix_product(node: Node) -> tuple[Node, Node] | None:
-    """The factors of a matrix product, or of a batched one that is summed over its batch."""
+    """The factors of a matrix product, of a batched one that is summed over its batch, or of an outer product."""
+    if node.target is aten.mul.Tensor:
+        return _outer_product(node)
     if node.target is aten.sum.dim_IntList:
         inner = node.args[0]
         if node.args[1] != [0] or not isinstance(inner, Node) or inner.target is not aten.bmm.default:
@@ -180,3 +182,16 @@ def _matrix_product(node: Node) -> tuple[Node, Node] | None:
         return None
     left, right = node.args
     return (left, right) if isinstance(left, Node) and isinstance(right, Node) else None
+
+
+def _outer_product(node: Node) -> tuple[Node, Node] | None:
+    """A column [N, 1] times a row [K] or [1, K], in either order: the gradient of a product with one vector."""
+    out = value(node)
+    for column, row in (node.args[:2], node.args[1::-1]):
+        c, r = value(column), value(row)
+        if out is None or c is None or r is None or not isinstance(column, Node) or not isinstance(row, Node):
+            continue
+        if tuple(c.shape) == (out.shape[0], 1) and tuple(r.shape) in ((out.shape[1],), (1, out.shape[1])) and out.dim() == 2:
+            with node.graph.inserting_before(node):
+                return column, emit(node.graph, aten.reshape.default, row, [1, int(out.shape[1])])
+    return None

@@ -18,6 +18,9 @@ from rosa_fx.kernels.inductor import capture_backend
 from rosa_fx.passes.joint import rewrite
 from rosa_fx.passes.report import GraphReport, normalise
 
+# Two float32 computations of one thing differ by the order of their sums: twice the other's error is within that.
+FLOAT32 = 2.0
+
 Spelling = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -140,6 +143,9 @@ SPELLINGS: dict[str, tuple[Spelling, tuple[int, int], tuple[int, ...], int]] = {
     "chunks of qkv": (lambda x, w, b: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1), (48, 24), (2, 5, 24), 3),
     "split unevenly": (lambda x, w, b: x @ w.split([20, 12])[0].T, (32, 24), (2, 5, 24), 1),
     "narrow": (lambda x, w, b: x @ w.narrow(1, 2, 7), (24, 32), (2, 5, 24), 1),
+    "weight @ vector": (lambda x, w, b: w @ x, (32, 24), (24,), 1),
+    "mv": (lambda x, w, b: torch.mv(w.T, x), (24, 32), (24,), 1),
+    "tiny, one row": (lambda x, w, b: F.linear(x, w, b[:8]), (8, 8), (1, 8), 1),
     "one output": (lambda x, w, b: F.linear(x, w), (1, 24), (2, 5, 24), 1),
 }
 
@@ -158,7 +164,7 @@ def test_spelling_is_fused_forward_and_backward(name: str) -> None:
     assert (use.products, use.gradients, use.dense) == (2 * products, products, [])
     assert report.counts["dense"] == 0
     truth, plain = exact(model, x, torch.float64), exact(model, x, torch.float32)
-    assert_budget(actual, plain, truth, factor=1.5)
+    assert_budget(actual, plain, truth, factor=FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -202,7 +208,7 @@ def test_other_uses_stay_dense_and_right_and_are_named(name: str) -> None:
     actual = run(call, model, x)
     assert reports[0].counts["dense"] == 1
     assert any(word in reason for reason in reports[0].uses["weight"].dense)
-    assert_budget(actual, exact(model, x, torch.float32), exact(model, x, torch.float64), factor=1.5)
+    assert_budget(actual, exact(model, x, torch.float32), exact(model, x, torch.float64), factor=FLOAT32)
     target = rosa_fx.explain(model, x).targets[0]
     assert target.status == "dense"
     assert word in target.reason
