@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rosa_fx.errors import RosaError
     from rosa_fx.mask import Mask
     from rosa_fx.merging import merge
+    from rosa_fx.regions import compile_blocks
     from rosa_fx.report import RewriteReport, TargetReport, explain
     from rosa_fx.schedule import MaskSchedule
     from rosa_fx.spec import RosaSpec
@@ -31,6 +32,7 @@ __all__ = [
     "adapter",
     "adapter_state",
     "base_weight",
+    "compile_blocks",
     "delta",
     "explain",
     "load_adapter",
@@ -51,6 +53,7 @@ _HOME = {
     "rosa_fx.errors": ("RosaError",),
     "rosa_fx.mask": ("Mask",),
     "rosa_fx.merging": ("merge",),
+    "rosa_fx.regions": ("compile_blocks",),
     "rosa_fx.report": ("RewriteReport", "TargetReport", "explain"),
     "rosa_fx.schedule": ("MaskSchedule",),
     "rosa_fx.spec": ("RosaSpec",),

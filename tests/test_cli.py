@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 import rosa_fx
+from rosa_fx import compile_blocks
 from rosa_fx.cli import app
 from rosa_fx.cli import demo as demo_module
-from rosa_fx.cli.common import compile_blocks, resume_command
+from rosa_fx.cli.common import resume_command
 from rosa_fx.cli.demo import choose_out
 from rosa_fx.data import docstring_rows
 from rosa_fx.errors import RosaError
@@ -245,5 +246,5 @@ def test_blocks_share_one_graph_per_mode(model_dir: Path) -> None:
 
 
 def test_a_model_without_blocks_is_compiled_whole() -> None:
-    with pytest.raises(RosaError, match="use --compile-scope model"):
+    with pytest.raises(RosaError, match="compile the whole model"):
         compile_blocks(nn.Linear(2, 2))
