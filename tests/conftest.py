@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.registry import term
 from rosa_fx.mask import Mask
+
+# Tests are imported by path, which leaves their folder out; the modules that they share are imported by name.
+sys.path.append(str(Path(__file__).parent))
+pytest.register_assert_rewrite("adapter_models", "reference_rosa", "rewritten_models", "target_models", "training_models")
 
 
 @dataclass

@@ -170,6 +170,10 @@ class Pair(nn.Module):
         return self.b(self.a(x))
 
 
+def feed_forward() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 24), nn.Tanh(), nn.Linear(24, D))
+
+
 def spec_of(**changes: Any) -> rosa_fx.RosaSpec:
     return rosa_fx.RosaSpec(**{"base": "keep", "rank": 4, "density": 0.05, "schedule": "wl1", **changes})
 

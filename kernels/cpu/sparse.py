@@ -1,7 +1,8 @@
 """Sparse pieces of a RoSA layer: scatter into a dense weight, sampled dense-dense product, exact top-k selection.
 
-Each function has two implementations: C++ for CPU tensors (rosa_cpu.cpp, compiled on first use through Inductor's
-code cache), and plain torch for other devices, other dtypes and machines without a compiler; `_native` alone chooses.
+Each function has two implementations: C++ for CPU tensors (rosa_cpu.cpp and its parts, compiled on first use through
+Inductor's code cache), and plain torch for other devices, other dtypes and machines without a compiler; `_native` alone
+chooses.
 
 Precondition of everything that takes a mask: row_offsets (int32 [N+1]) starts at 0, never decreases and ends at
 nnz; cols (int32 [nnz]) is strictly increasing within a row and within [0, K). This is *not* checked here, where it would cost a
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -27,13 +29,19 @@ _CHUNK = 1 << 20  # elements of a temporary in the torch implementations
 _lock = threading.Lock()
 
 
+def _source(name: str) -> str:
+    """One compilation unit, whose hash covers all of it: every `#include "part"` replaced by the part."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda include: _source(include[1]), text, flags=re.MULTILINE)
+
+
 @functools.cache
 def _compile() -> ctypes.CDLL | None:
     try:
         # Imported here: importing Inductor takes a while, and only this needs it.
         from rosa_fx.kernels.inductor import load_cpp
 
-        library = load_cpp((Path(__file__).parent / "rosa_cpu.cpp").read_text(encoding="utf-8"))
+        library = load_cpp(_source("rosa_cpu.cpp"))
     except Exception as error:  # whatever a missing or broken compiler raises must cost speed only
         reason = (str(error).strip().splitlines() or [""])[0]
         warnings.warn(

@@ -1,9 +1,7 @@
 """A run as a checkpoint, and a checkpoint as a run."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +13,10 @@ from rosa_fx.training import rng
 from rosa_fx.training.checkpoint import Checkpoint, split_state
 from rosa_fx.training.config import IDENTITY
 from rosa_fx.training.optim import load_optimizer_state, optimizer_state, parameter_names
-
-if TYPE_CHECKING:
-    from rosa_fx.training.run import Run
+from rosa_fx.training.run_state import RunState
 
 
-def snapshot(run: Run) -> Checkpoint:
+def snapshot(run: RunState) -> Checkpoint:
     """The run as it was at its last whole step."""
     mark = run.mark
     schedule_tensors, schedule_values = split_state(mark.schedule)
@@ -53,7 +49,7 @@ def snapshot(run: Run) -> Checkpoint:
     return Checkpoint(mark.step, tensors, state)
 
 
-def restore(run: Run, found: Checkpoint) -> None:
+def restore(run: RunState, found: Checkpoint) -> None:
     """Bring a fresh run to where the checkpoint was made. Raises RosaError if it belongs to another run."""
     _compare(run, found)
     state, tensors = found.state, found.tensors
@@ -88,7 +84,7 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _compare(run: Run, found: Checkpoint) -> None:
+def _compare(run: RunState, found: Checkpoint) -> None:
     state = found.state
     spec = json.loads(run.spec.to_json())
     if spec != state["spec"]:

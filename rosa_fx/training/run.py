@@ -11,36 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_fx.attach import trainable_parameters
 from rosa_fx.errors import RosaError
-from rosa_fx.schedule import MaskSchedule
-from rosa_fx.state import state_of, unwrap
 from rosa_fx.training import checkpoint as checkpoints
 from rosa_fx.training import persistence, rng
 from rosa_fx.training.allocator import tune_allocator
-from rosa_fx.training.batches import END, BatchSource
+from rosa_fx.training.batches import END
 from rosa_fx.training.config import TrainConfig
 from rosa_fx.training.engine import Engine, LossFunction, MicroBatch, Outcome
 from rosa_fx.training.interrupt import uninterrupted
 from rosa_fx.training.metrics import MetricsLog, TrainResult, current_rss, median_rate, peak_rss
-from rosa_fx.training.optim import (
-    learning_rate_factor,
-    make_optimizer,
-    names_of,
-    set_learning_rates,
-)
+from rosa_fx.training.optim import learning_rate_factor, names_of, set_learning_rates
 from rosa_fx.training.progress import Reporter
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Everything but the model and the optimizer that a checkpoint at the last whole step needs."""
-
-    step: int
-    epoch: int
-    index: int
-    schedule: dict[str, Any]
-    random: tuple[dict[str, Tensor], dict[str, Any]]
+from rosa_fx.training.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -55,8 +37,8 @@ class _Pending:
     outcome: Outcome
 
 
-class Run:
-    """The state of a run. `start`, then `loop`, then `finish`; `interrupted` in their stead after Ctrl-C."""
+class Run(RunState):
+    """A run that goes on. `start`, then `loop`, then `finish`; `interrupted` in their stead after Ctrl-C."""
 
     def __init__(
         self,
@@ -69,11 +51,8 @@ class Run:
         out: Path | None,
         reporter: Reporter,
     ) -> None:
-        self.model, self.config, self.out, self.reporter = unwrap(model), config, out, reporter
-        self.spec = state_of(model).spec
-        self.device = self._one_device()
-        self.source = BatchSource(batches, config.seed)
-        self.planned = self.source.count_steps(config)
+        super().__init__(model, batches, config, reporter)
+        self.out = out
         self.eval_batches = list(eval_batches) if isinstance(eval_batches, Iterator) else eval_batches
         if self.device.type == "cpu" and config.tune_allocator:
             tune_allocator()
@@ -82,35 +61,11 @@ class Run:
         self.engine = Engine(model, config, self.device, loss_fn, weight_fn)
         self.folder = out / "checkpoints" if out else None
         self.metrics = MetricsLog(out / "metrics.jsonl" if out else None)
-        self.schedule = MaskSchedule(self.model, restart=config.restart, micro_batches=config.gradient_accumulation)
-        self.optimizer = self.fresh_optimizer()
-        self.step = 0
-        self.restart_step: int | None = None
-        self.losses: list[float] = []
         self.rates: list[tuple[int, float]] = []  # (tokens, seconds) of each step made here
-        self.evals: dict[int, float] = {}
-        self.tokens, self.seconds = 0, 0.0
         self.pending: list[_Pending] = []
         self.window = 0.0  # when the first pending step began
         self.inside_step = False
         self.skipped_empty = False
-        self.last_checkpoint: Path | None = None
-        self.mark = self.take_mark()
-
-    # Setting up
-
-    def _one_device(self) -> torch.device:
-        devices = {p.device for p in self.model.parameters()}
-        if len(devices) != 1 or next(iter(devices)).type == "meta":
-            found = ", ".join(sorted(map(str, devices))) or "none"
-            raise RosaError(f"the model's parameters are on {found}: move the whole model to one device")
-        return devices.pop()
-
-    def fresh_optimizer(self) -> torch.optim.AdamW:
-        groups = trainable_parameters(self.model, lr=self.config.lr, lr_sparse=self.config.lr_sparse)
-        if not groups:
-            raise RosaError("the spec has rank 0 and density 0 for every weight: nothing trains; set either above 0")
-        return make_optimizer(groups, self.config, self.device)
 
     def start(self, resume: bool) -> None:
         """Begin a fresh run, or continue from the newest checkpoint."""
@@ -141,14 +96,6 @@ class Run:
                 f"sparse values never train: schedule {self.spec.schedule!r} makes the masks after step {before}, but "
                 f"the run has {self.total}; use a shorter schedule such as wl{max(1, self.total // 4)} or train longer"
             )
-
-    def message(self, text: str) -> None:
-        self.reporter.event("message", text)
-
-    def take_mark(self) -> Mark:
-        """Remember where the run stands; called between steps."""
-        position = (self.source.epoch, self.source.index)
-        return Mark(self.step, *position, self.schedule.state_dict(), rng.capture())
 
     # The loop
 

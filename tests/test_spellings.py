@@ -1,0 +1,126 @@
+"""Which spellings of a product are rewritten, how often, and that the rewritten graphs compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rewritten_models import FLOAT32, Holder, Spelling, assert_budget, exact, prepared, rewritten, run
+
+import rosa_fx
+
+# spelling -> (function, weight shape, input shape, products of the forward pass)
+SPELLINGS: dict[str, tuple[Spelling, tuple[int, int], tuple[int, ...], int]] = {
+    "linear 3-D": (lambda x, w, b: F.linear(x, w, b), (32, 24), (2, 5, 24), 1),
+    "linear 2-D": (lambda x, w, b: F.linear(x, w, b), (32, 24), (7, 24), 1),
+    "linear 1-D": (lambda x, w, b: F.linear(x, w, b), (32, 24), (24,), 1),
+    "linear without bias": (lambda x, w, b: F.linear(x, w), (32, 24), (2, 5, 24), 1),
+    "one row": (lambda x, w, b: F.linear(x, w, b), (32, 24), (1, 24), 1),
+    "@ .T": (lambda x, w, b: x @ w.T, (32, 24), (2, 5, 24), 1),
+    "@ .t() + bias": (lambda x, w, b: x @ w.t() + b, (32, 24), (7, 24), 1),
+    "@ .mT": (lambda x, w, b: x @ w.mT, (32, 24), (2, 5, 24), 1),
+    "matmul of [in, out]": (lambda x, w, b: torch.matmul(x, w), (24, 32), (2, 5, 24), 1),
+    "vector @ weight": (lambda x, w, b: x @ w, (24, 32), (24,), 1),
+    "weight on the left": (lambda x, w, b: w @ x.mT, (32, 24), (2, 5, 24), 1),
+    "weight.T on the left": (lambda x, w, b: w.T @ x.T, (24, 32), (7, 24), 1),
+    "mm": (lambda x, w, b: torch.mm(x, w.transpose(0, 1)), (32, 24), (7, 24), 1),
+    "addmm": (lambda x, w, b: torch.addmm(b, x, w), (24, 32), (7, 24), 1),
+    "addmm with factors": (lambda x, w, b: torch.addmm(b, x, w, alpha=0.5, beta=2), (24, 32), (7, 24), 1),
+    "addmm with matrix": (lambda x, w, b: torch.addmm(x, x, w), (24, 24), (7, 24), 1),
+    "bmm, expanded": (lambda x, w, b: torch.bmm(x, w.expand(2, 24, 32)), (24, 32), (2, 5, 24), 1),
+    "baddbmm, expanded": (lambda x, w, b: torch.baddbmm(b, x, w.expand(2, 24, 32)), (24, 32), (2, 5, 24), 1),
+    "einsum": (lambda x, w, b: torch.einsum("bsd,od->bso", x, w), (32, 24), (2, 5, 24), 1),
+    "einsum with dots": (lambda x, w, b: torch.einsum("...i,oi->...o", x, w), (32, 24), (2, 5, 24), 1),
+    "einsum, heads": (lambda x, w, b: torch.einsum("bsd,dhk->bshk", x, w.view(24, 4, 8)), (24, 32), (2, 5, 24), 1),
+    "einsum, weight first": (lambda x, w, b: torch.einsum("oi,bsi->bos", w, x), (32, 24), (2, 5, 24), 1),
+    "tensordot": (lambda x, w, b: torch.tensordot(x, w, dims=([2], [1])), (32, 24), (2, 5, 24), 1),
+    "permuted input": (lambda x, w, b: F.linear(x.permute(1, 0, 2), w, b), (32, 24), (2, 5, 24), 1),
+    "strided input": (lambda x, w, b: F.linear(x[:, ::2], w, b), (32, 24), (2, 6, 24), 1),
+    "used twice": (lambda x, w, b: torch.tanh(x @ w) @ w, (24, 24), (2, 5, 24), 2),
+    "used both ways": (lambda x, w, b: torch.tanh(x @ w) @ w.T, (24, 24), (2, 5, 24), 2),
+    "square": (lambda x, w, b: F.linear(x, w), (24, 24), (7, 24), 1),
+    "some rows": (lambda x, w, b: F.linear(x, w[8:24], b[8:24]), (32, 24), (2, 5, 24), 1),
+    "some columns": (lambda x, w, b: x @ w[:, :16], (24, 32), (2, 5, 24), 1),
+    "a block": (lambda x, w, b: x[..., 3:20] @ w[3:20, 5:30], (24, 32), (2, 5, 24), 1),
+    "rows of the transpose": (lambda x, w, b: x @ w.T[:, 4:9], (32, 24), (2, 5, 24), 1),
+    "chunks of qkv": (lambda x, w, b: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1), (48, 24), (2, 5, 24), 3),
+    "split unevenly": (lambda x, w, b: x @ w.split([20, 12])[0].T, (32, 24), (2, 5, 24), 1),
+    "narrow": (lambda x, w, b: x @ w.narrow(1, 2, 7), (24, 32), (2, 5, 24), 1),
+    "weight @ vector": (lambda x, w, b: w @ x, (32, 24), (24,), 1),
+    "mv": (lambda x, w, b: torch.mv(w.T, x), (24, 32), (24,), 1),
+    "tiny, one row": (lambda x, w, b: F.linear(x, w, b[:8]), (8, 8), (1, 8), 1),
+    "one output": (lambda x, w, b: F.linear(x, w), (1, 24), (2, 5, 24), 1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling_is_fused_forward_and_backward(name: str) -> None:
+    fn, shape, input_shape, products = SPELLINGS[name]
+    torch.manual_seed(0)
+    model = prepared(fn, shape)
+    x = torch.randn(input_shape)
+    call, reports = rewritten(model, fullgraph=True)
+    actual = run(call, model, x)
+    (report,) = reports
+    use = report.uses["weight"]
+    assert report.counts["linear"] + report.counts["linear_t"] == 2 * products, "y and dx"
+    assert (use.products, use.gradients, use.dense) == (2 * products, products, [])
+    assert report.counts["dense"] == 0
+    truth, plain = exact(model, x, torch.float64), exact(model, x, torch.float32)
+    assert_budget(actual, plain, truth, factor=FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_model_runs_the_operators_in_the_dtype_of_the_activation(dtype: torch.dtype) -> None:
+    """Bit for bit what the operators give; their own error is measured in `test_op_budget.py`."""
+    torch.manual_seed(0)
+    model = prepared(lambda x, w, b: F.linear(x, w, b), (32, 24)).to(dtype)
+    term = rosa_fx.adapter(model, "weight").float()  # the adapter stays wide over a narrow model
+    term.base.dtype = dtype
+    term.refresh()
+    x = torch.randn(5, 24).to(dtype)
+    call, reports = rewritten(model, fullgraph=True)
+    y, dx, *grads = run(call, model, x)
+    assert reports[0].counts == {"linear": 1, "linear_t": 1, "linear_grads": 1, "dense": 0}
+    torch.manual_seed(7)
+    dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+    base, delta = term.base.tensors(), term.delta_tensors()
+    assert torch.equal(y, torch.ops.rosa_fx.linear(x, model.bias, base, delta, term.layout_key))
+    assert torch.equal(dx, torch.ops.rosa_fx.linear_t(dy, None, base, delta, term.layout_key))
+    expected = torch.ops.rosa_fx.linear_grads(dy, x, delta, term.layout_key)
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected))
+
+
+# Consumers that are no product: spelling -> what the reason must name.
+UNFUSED: dict[str, tuple[Spelling, str]] = {
+    "clamped": (lambda x, w, b: x @ w.clamp(-0.1, 0.1), "clamp"),
+    "scaled": (lambda x, w, b: x @ (w * 2.0), "mul"),
+    "summed beside the product": (lambda x, w, b: x @ w + w.sum(), "sum"),
+    "every other column": (lambda x, w, b: x @ w[:, ::2], "mm"),
+}
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_other_uses_stay_dense_and_right_and_are_named(name: str) -> None:
+    fn, word = UNFUSED[name]
+    torch.manual_seed(0)
+    model = prepared(fn, (24, 32))
+    x = torch.randn(2, 5, 24)
+    call, reports = rewritten(model, fullgraph=True)
+    actual = run(call, model, x)
+    assert reports[0].counts["dense"] == 1
+    assert any(word in reason for reason in reports[0].uses["weight"].dense)
+    assert_budget(actual, exact(model, x, torch.float32), exact(model, x, torch.float64), factor=FLOAT32)
+    target = rosa_fx.explain(model, x).targets[0]
+    assert target.status == "dense"
+    assert word in target.reason
+
+
+def test_strict_turns_a_dense_use_into_an_error_with_name_operator_and_shape() -> None:
+    model = Holder(lambda x, w, b: x @ w.clamp(-0.1, 0.1), (24, 32), 32)
+    rosa_fx.transform(model, rosa_fx.RosaSpec(targets=["weight"], rank=2), strict=True)
+    call, _ = rewritten(model)
+    with pytest.raises(Exception, match=r"weight \[24, 32\] cannot be fused.*where"):
+        call(torch.randn(3, 24))
+    assert rosa_fx.explain(model, torch.randn(3, 24)).dense == 1, "explain reports instead of raising"
