@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from rosa_fx import adapter_format
 from rosa_fx.adapter_format import AdapterFiles, WeightEntry
 from rosa_fx.adapters import adapter_state, load_adapter_state
-from rosa_fx.attach import transform
+from rosa_fx.attach import model_dtype, planned_base, transform
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import as_text, fingerprint
-from rosa_fx.kernels.bases.base import base_from_spec
 from rosa_fx.mask import Mask
 from rosa_fx.spec import RosaSpec
 from rosa_fx.state import is_transformed, state_of
@@ -75,7 +74,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
             targets = select_targets(plain, files.spec)
         except RosaError as error:
             raise RosaError(f"the adapter {files.folder} does not fit this model: {error}") from error
-        planned = {target.name: _planned(target, files.spec) for target in targets}
+        dtype = model_dtype(plain)
+        planned = {target.name: _planned(target, files.spec, dtype) for target in targets}
         tensors = _checked(files, planned, targets, {})
         transform(plain, files.spec, strict=strict)
     load_adapter_state(model, tensors)
@@ -99,18 +99,19 @@ def _entry(weight: RosaWeight) -> WeightEntry:
     )
 
 
-def _planned(target: Target, spec: RosaSpec) -> WeightEntry:
+def _planned(target: Target, spec: RosaSpec, default: torch.dtype) -> WeightEntry:
     """The entry that this weight of a plain model would have, without transforming it."""
     module, attribute = target.owners[0]
     weight: Tensor = getattr(module, attribute)
+    form, dtype, packed = planned_base(target, spec, default)
     return WeightEntry(
         shape=target.shape,
         rank=target.rank,
         nnz=target.nnz,
-        base=base_from_spec(target.base, spec.blocksize, spec.double_quant).to_dict(),
-        dtype=_dtype_name(weight.dtype),
+        base=form.to_dict(),
+        dtype=_dtype_name(dtype),
         has_mask=False,
-        fingerprint=as_text(fingerprint(weight)),
+        fingerprint=as_text(fingerprint(weight) if packed is None else packed.fingerprint()),
     )
 
 

@@ -8,8 +8,9 @@ from torch.nn.utils import parametrize
 
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import fingerprint
-from rosa_fx.kernels.bases.base import base_from_spec
+from rosa_fx.kernels.bases.base import BaseFormat, base_from_spec
 from rosa_fx.module_class import share_class
+from rosa_fx.packed import PackedWeight, find_packed, take_over
 from rosa_fx.passes.install import install
 from rosa_fx.passes.report import normalise
 from rosa_fx.spec import RosaSpec
@@ -40,9 +41,13 @@ def transform(model: nn.Module, spec: RosaSpec, *, strict: bool = False) -> nn.M
     for target in targets:
         _refuse_out_of_range(target)
     requires_grad = {name: p.requires_grad for name, p in inner.named_parameters(remove_duplicate=False)}
-    weights = {target.name: _attach(target, spec, strict) for target in targets}
+    dtype = model_dtype(inner)
+    packed = {id(owner) for target in targets for owner, name in target.owners if find_packed(owner, name) is not None}
+    weights = {target.name: _attach(target, spec, strict, dtype) for target in targets}
     for owner in {id(owner): owner for target in targets for owner, _ in target.owners}.values():
         share_class(owner)
+        if id(owner) in packed:
+            take_over(owner)
     for parameter in inner.parameters():
         parameter.requires_grad_(False)
     for path, module in inner.named_modules(remove_duplicate=False):
@@ -76,19 +81,35 @@ def _refuse_out_of_range(target: Target) -> None:
             )
 
 
-def _attach(target: Target, spec: RosaSpec, strict: bool) -> RosaWeight:
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that stands for a packed weight whose own is not known: that of the model's first floating parameter."""
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
+def planned_base(target: Target, spec: RosaSpec, default: torch.dtype) -> tuple[BaseFormat, torch.dtype, PackedWeight | None]:
+    """Format of the target's base, dtype of the weight that the model sees, and the packed weight that is taken over."""
+    packed = find_packed(*target.owners[0])
+    if isinstance(packed, PackedWeight):
+        return packed.format, packed.dtype or default, packed
+    module, attribute = target.owners[0]
+    return base_from_spec(target.base, spec.blocksize, spec.double_quant), getattr(module, attribute).dtype, None
+
+
+def _attach(target: Target, spec: RosaSpec, strict: bool, default: torch.dtype) -> RosaWeight:
     module, attribute = target.owners[0]
     original: Tensor = getattr(module, attribute).detach()
-    form = base_from_spec(target.base, spec.blocksize, spec.double_quant)
+    form, weight_dtype, packed = planned_base(target, spec, default)
     dtype = getattr(torch, spec.adapter_dtype)
     try:
-        # "keep" holds the very tensor: the weight stays as it is, without a second copy.
-        tensors = (original,) if form.kind == "dense" else form.quantize(original)
+        # "keep" holds the very tensors: the weight stays as it is, without a second copy.
+        kept = packed.tensors if packed is not None else (original,) if form.kind == "dense" else None
+        tensors = form.quantize(original) if kept is None else kept
     except RosaError as error:
         raise RosaError(f"{target.name}: {error}") from error
     device = original.device
     weight = RosaWeight(
-        FrozenBase(form, tensors, original.dtype),
+        FrozenBase(form, tensors, weight_dtype),
         target.shape,
         LowRankParameters(target.shape, target.rank, spec.init, dtype, device) if target.rank else None,
         SparseParameters(target.shape, target.nnz, dtype, device) if target.density > 0 else None,
@@ -97,9 +118,10 @@ def _attach(target: Target, spec: RosaSpec, strict: bool) -> RosaWeight:
         strict=strict,
     )
     # A buffer, so that it stays with the base through state_dict and copies; `save_adapter` writes it down.
-    weight.base.register_buffer("fingerprint", fingerprint(original).to(device))
+    known = fingerprint(original) if packed is None else packed.fingerprint()
+    weight.base.register_buffer("fingerprint", known.to(device))
     weight.train(module.training)
-    del original
+    del original, packed, kept
     for owner, name in target.owners:
         parametrize.register_parametrization(owner, name, weight, unsafe=True)
     return weight

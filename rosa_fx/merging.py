@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from rosa_fx.errors import RosaError
 from rosa_fx.module_class import own_class
+from rosa_fx.packed import become_dense, forget_quantiser, is_packed_linear
 from rosa_fx.state import ATTRIBUTE, state_of, unwrap
 from rosa_fx.weight import RosaWeight
 
@@ -16,7 +17,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Back to ordinary dense parameters D(Q) + ΔW, in place, in the dtype of the weight; returns the same object.
 
     The sum is made in float32 (float64 for a float64 weight) and rounded once. Classes, parameter names and their order
-    are those before `transform`, shared weights are shared again, and parameters train again if they did before.
+    are those before `transform`, shared weights are shared again, and parameters train again if they did before. Only a
+    module of bitsandbytes becomes a plain `nn.Linear` (of a subclass that takes any input dtype) with the dense weight.
 
     Raises:
         RosaError: the model is not transformed, or a merged weight is not finite (then nothing is changed).
@@ -33,6 +35,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, parameter in inner.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(state.requires_grad.get(name, False))
     delattr(inner, ATTRIBUTE)
+    forget_quantiser(inner)
     return model
 
 
@@ -62,6 +65,8 @@ def _detach(module: nn.Module, attribute: str, dense: nn.Parameter) -> None:
     parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
     delattr(module, attribute)
     module.register_parameter(attribute, dense)
+    if is_packed_linear(module):
+        become_dense(module)
 
 
 def _restore_order(model: nn.Module, names: list[str]) -> None:

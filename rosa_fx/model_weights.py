@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from rosa_fx.linear_uses import uses_linearly
+from rosa_fx.packed import PackedWeight, find_packed
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +22,7 @@ class Weight:
 
     ``names``: every fully qualified name, the first in model order first. ``owners``: every (module, attribute) that
     holds it. ``dimensions``: None while it is lazy. ``blocked``: why nothing can be attached to it, as the rest of a
-    sentence.
+    sentence. ``packed``: the weight that bitsandbytes packed into the parameter, or why that cannot be taken over.
     """
 
     names: tuple[str, ...]
@@ -29,6 +30,13 @@ class Weight:
     parameter: nn.Parameter | None
     dimensions: int | None
     blocked: str = ""
+    packed: PackedWeight | str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter, or of what is packed in it."""
+        assert self.parameter is not None
+        return self.packed.shape if isinstance(self.packed, PackedWeight) else tuple(self.parameter.shape)
 
     @property
     def name(self) -> str:
@@ -78,12 +86,9 @@ class ModelWeights:
         parameter = weight.parameter
         if parameter is None:
             return weight.blocked
+        if weight.packed is not None:
+            return weight.packed if isinstance(weight.packed, str) else ""
         for module, _ in weight.owners:
-            if any(cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(module).__mro__):
-                return (
-                    f"belongs to bitsandbytes' {type(module).__name__}, which quantises by itself "
-                    "(load the model without quantization_config)"
-                )
             if isinstance(module, nn.RNNBase):
                 return f"is read by {type(module).__name__} through its own flat list, past any adapter"
         if parameter.dtype not in _FLOATS:
@@ -100,8 +105,13 @@ class ModelWeights:
             prefix, _, attribute = name.rpartition(".")
             module = self.modules[prefix]
             owners.setdefault((id(module), attribute), (module, attribute))
-        dimensions = None if nn.parameter.is_lazy(parameter) else parameter.dim()
-        return Weight(tuple(names), tuple(owners.values()), parameter, dimensions)
+        lazy = nn.parameter.is_lazy(parameter)
+        packed = [found for module, attribute in owners.values() if (found := find_packed(module, attribute)) is not None]
+        if packed and len(packed) < len(owners):
+            packed = ["is packed by bitsandbytes for one of its modules and read by another one as it is"]
+        # Any owner's answer is right for all: the parameter is the same. Where some refuse, their reason counts.
+        chosen = next((found for found in packed if isinstance(found, str)), packed[0] if packed else None)
+        return Weight(tuple(names), tuple(owners.values()), parameter, None if lazy else parameter.dim(), packed=chosen)
 
     def _computed_weights(self) -> dict[str, Weight]:
         """Weights that a parametrization or a hook computes, by the names of the parameters they are computed from."""

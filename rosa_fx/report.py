@@ -148,8 +148,10 @@ def _counted() -> Iterator[dict[str, int]]:
     from torch._dynamo.utils import counters, get_compilation_metrics
 
     counted = {"graph_breaks": 0, "recompiles": 0}
-    breaks, compilations = sum(counters["graph_break"].values()), len(get_compilation_metrics())
+    # Dynamo keeps the newest 64 compilations only: tell the new ones by identity, not by position.
+    breaks, before = sum(counters["graph_break"].values()), get_compilation_metrics()
     yield counted
     counted["graph_breaks"] = sum(counters["graph_break"].values()) - breaks
-    new = get_compilation_metrics()[compilations:]
+    known = {id(metrics) for metrics in before}
+    new = [metrics for metrics in get_compilation_metrics() if id(metrics) not in known]
     counted["recompiles"] = sum(metrics.recompile_reason is not None for metrics in new)

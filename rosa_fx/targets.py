@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rosa_fx.errors import RosaError
 from rosa_fx.model_weights import ModelWeights, Weight
 from rosa_fx.output_head import output_heads
+from rosa_fx.packed import PackedWeight, refuse_requantising
 from rosa_fx.spec import ALL_LINEAR, RosaSpec, pattern_matcher
 
 _INT32_MAX = 2**31 - 1
@@ -49,16 +50,17 @@ def select_targets(model: nn.Module, spec: RosaSpec) -> list[Target]:
     the source of their class shows in a matrix product (see :mod:`rosa_fx.linear_uses`). It leaves out embeddings (and
     whatever shares its Parameter with one), the output head (the rule: :func:`rosa_fx.output_head.output_heads`),
     recurrent layers, convolutions, ``nn.Bilinear``, stacks of experts (more than two dimensions) and weights that are
-    already packed or owned by bitsandbytes. A weight left out so can be named by a pattern, if it is 2-D,
-    floating-point and not shared with an embedding. Patterns match any name of a shared weight; parameters with one
-    dimension that a pattern also matches, such as biases, are no targets.
+    already packed, except those of bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. A weight left out so can be named by
+    a pattern, if it is 2-D, floating-point and not shared with an embedding. Patterns match any name of a shared weight;
+    parameters with one dimension that a pattern also matches, such as biases, are no targets.
 
     The general rank is capped at min(N, K) of each weight and ``Target.note`` says so; the scale uses the capped rank.
 
     Raises RosaError when: the model is no module or already transformed; a pattern in targets, exclude or overrides
     matches nothing (or nothing usable); nothing is selected; an override's rank exceeds min(N, K) of a weight whose
     rank it sets; a weight would train nothing; a selected weight is shared with an embedding (patterns only), computed
-    by another parametrization, not floating-point, not materialised, empty, too large for int32 indices, or not finite.
+    by another parametrization, not floating-point, not materialised, empty, too large for int32 indices, or not finite,
+    or is packed by bitsandbytes and its base is not "keep".
     """
     if not isinstance(model, nn.Module):
         raise RosaError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -127,6 +129,8 @@ def _all_linear(model: nn.Module, weights: ModelWeights, excluded: set[str], *, 
         elif weight.blocked:
             raise RosaError(f"the weight {weight.name!r} {weight.blocked}")
         elif reason := weights.unusable(weight):
+            if weight.packed is not None and weight.parameter is not None and weight.parameter.is_meta:
+                raise RosaError(f"the weight {weight.name!r} {reason}")
             reasons.append(f"{weight.name!r} {reason}")
         else:
             found.append(weight)
@@ -191,6 +195,10 @@ def _target(weight: Weight, spec: RosaSpec, patterns: list[str]) -> Target:
         settings |= spec.overrides[pattern]
         origin |= dict.fromkeys(spec.overrides[pattern], pattern)
     rank, density, notes = settings["rank"], settings["density"], []
+    if isinstance(weight.packed, PackedWeight):
+        asked = f"overrides[{origin['base']!r}]" if "base" in origin else "base"
+        refuse_requantising(weight.name, weight.packed, settings["base"], asked)
+        notes.append(str(weight.packed))
     if rank > min(rows, columns):
         if "rank" in origin:
             raise RosaError(
@@ -236,11 +244,12 @@ def _checked_shape(weight: Weight) -> tuple[int, int]:
             f"the weight {weight.name!r} is on the meta device and has no values: materialise the model first "
             "(model.to_empty(...) and load its weights, or load it without device_map/init_empty_weights)"
         )
-    rows, columns = parameter.shape
+    rows, columns = weight.shape
     if rows * columns == 0:
         raise RosaError(f"the weight {weight.name!r} is empty ({rows} x {columns}): exclude it")
     if not isinstance(parameter.data, FakeTensor):
-        low, high = torch.aminmax(parameter.detach())  # one pass, no temporary of the weight's size; NaN propagates
+        values = weight.packed.tensors[1] if isinstance(weight.packed, PackedWeight) else parameter.detach()
+        low, high = torch.aminmax(values)  # one pass, no temporary of the weight's size; NaN propagates
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise RosaError(
                 f"the weight {weight.name!r} holds values that are not finite (min {low.item()}, max {high.item()}): "

@@ -134,6 +134,11 @@ class RosaWeight(nn.Module):
         self.topk_probe: Tensor | None = None
         self.refresh()
         self.register_load_state_dict_post_hook(_follow_loaded_mask)
+        self.register_forward_pre_hook(_no_fast_path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without probes, whose hooks belong to the schedule of this very model."""
+        return super().__getstate__() | {"probe": None, "topk_probe": None}
 
     # --- the weight ----------------------------------------------------------------------------------------------
 
@@ -254,3 +259,7 @@ def _follow_loaded_mask(module: nn.Module, incompatible: object) -> None:
     """After `load_state_dict`: a mask that came with the values is in force."""
     assert isinstance(module, RosaWeight)
     module.follow_mask()
+
+
+def _no_fast_path(module: nn.Module, args: object) -> None:
+    """A hook is what keeps `nn.TransformerEncoderLayer` off its one opaque kernel, which would need the dense weights."""
