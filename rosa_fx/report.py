@@ -99,8 +99,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
 
 def _target(name: str, state: RosaState, graphs: list[GraphReport]) -> TargetReport:
     weight, target = state.weights[name], state.targets[name]
-    aliases = _aliases(name, state)
-    uses = [use for graph in graphs for key, use in graph.uses.items() if key in aliases]
+    aliases = {name, *weight.paths}  # a shared module or weight is met under several paths
+    uses = [use for graph in graphs for key, use in graph.uses.items() if _means(key, aliases, state)]
     reasons = list(dict.fromkeys(reason for use in uses for reason in use.dense))
     products, gradients = sum(use.products for use in uses), sum(use.gradients for use in uses)
     if not uses:
@@ -123,10 +123,15 @@ def _target(name: str, state: RosaState, graphs: list[GraphReport]) -> TargetRep
     )
 
 
-def _aliases(name: str, state: RosaState) -> set[str]:
-    """Every path under which capture may meet the weight: a shared module or weight has several."""
-    weight = state.weights[name]
-    return {name, *weight.paths}
+def _means(key: str, aliases: set[str], state: RosaState) -> bool:
+    """Whether a graph's name for a weight means the one with these aliases.
+
+    After a graph break a part of the model is captured on its own and names its weights from there; alike parts share a graph.
+    """
+    if key in aliases:
+        return True
+    known = key in state.weights or any(key in weight.paths for weight in state.weights.values())
+    return not known and any(alias.endswith("." + key) for alias in aliases)
 
 
 @contextmanager

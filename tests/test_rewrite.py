@@ -221,3 +221,31 @@ def test_dropout_drops_input_features_of_the_low_rank_part() -> None:
     kept = part[~dropped] - 2 * full[~dropped]
     assert kept.norm() <= 64 * torch.finfo(torch.float32).eps * full.norm() * 2
     assert [report.counts["dense"] for report in reports] == [0, 0]
+
+
+def test_parts_that_are_captured_after_a_graph_break_are_named_from_the_whole() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return self.inner(x)
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Part(), Part()])
+            self.idle = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = torch.tanh(part(x))
+            return x
+
+    model = rosa_fx.transform(Parts(), rosa_fx.RosaSpec(rank=2, density=0.1))
+    report = rosa_fx.explain(model, torch.randn(3, 8))
+    assert report.graph_breaks > 0
+    status = {target.name: target.status for target in report.targets}
+    assert status == {"parts.0.inner.weight": "fused", "parts.1.inner.weight": "fused", "idle.weight": "unused"}
