@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,3 +101,167 @@ def capture_backend(visit: Callable[[Graph], None]) -> Callable[..., Any]:
         partition_fn=partition,
         decompositions=select_decomp_table,
     )
+
+
+# --- lowerings and templates ---------------------------------------------------------------------------------------
+
+
+def generates_triton(device: torch.device) -> bool:
+    """Whether Inductor generates Triton kernels for `device` under the present configuration."""
+    import torch._inductor.config as config
+
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return config.cuda_backend == "triton" and has_triton(device)
+    return device.type == "cpu" and config.cpu_backend == "triton"
+
+
+def register_lowering(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> None:
+    """Let `lower(*args)` build Inductor's IR for `op`. Where it returns None the operator is called as it is.
+
+    Arguments arrive realised and with the strides that they have in eager mode, as they would without a lowering.
+    """
+    from torch._inductor import lowering
+    from torch._library.utils import get_layout_constraint_tag
+
+    if op in lowering.lowerings and not getattr(lowering.lowerings[op], "_is_fallback_handler", False):
+        return
+    call = lowering.fallback_handler(op)
+
+    def choose(*args: Any) -> Any:
+        lowered = lower(*args)
+        return call(*args) if lowered is None else lowered
+
+    lowering.add_needs_realized_inputs(op)
+    constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+    if constraint is not None:
+        lowering.add_layout_constraint(op, constraint)
+    lowering.register_lowering(op, type_promotion_kind=None)(choose)
+
+
+def lower(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """The IR of `op` applied to IR nodes."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[op](*args, **kwargs)
+
+
+def realize(*nodes: Any) -> tuple[Any, ...]:
+    """The nodes as buffers, or views of buffers, that a template can read."""
+    from torch._inductor.ir import ExternKernel
+
+    return tuple(ExternKernel.realize_input(node) for node in nodes)
+
+
+def size_hint(size: Any) -> int:
+    """The size that a dimension has in the example that is compiled."""
+    from torch._inductor.virtualized import V
+
+    return int(V.graph.sizevars.optimization_hint(size))
+
+
+def is_static(node: Any) -> bool:
+    """Whether every size of `node` is a number."""
+    return all(getattr(size, "is_number", isinstance(size, int)) for size in node.get_size())
+
+
+def constant(data: torch.Tensor, device: torch.device) -> Any:
+    """A tensor that becomes part of the compiled graph."""
+    from torch._inductor.virtualized import V
+
+    with torch.utils._python_dispatch._disable_current_modes():
+        return V.graph.add_tensor_constant(data.to(device))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability (major, minor) of a CUDA device; of an A100 for what stands in for one."""
+    if device.type != "cuda":
+        return (8, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
+
+
+def runs_ptx(device: torch.device) -> bool:
+    """Whether kernels for `device` may hold PTX: NVIDIA GPUs, not AMD's and not the interpreter."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def cast(node: Any, dtype: torch.dtype) -> Any:
+    """`node` in `dtype`; itself if it has it."""
+    return node if node.get_dtype() == dtype else lower(torch.ops.prims.convert_element_type.default, node, dtype)
+
+
+def triton_template(name: str, by_row: bool, source: str) -> Any:
+    """A `TritonTemplate` over tiles of its output [rows, columns].
+
+    Tiles are BLOCK_M rows by BLOCK_N columns (BLOCK_K if TRANSPOSED), counted in one dimension of the grid; `by_row`: one row
+    by BLOCK_K columns, in two. Sources may call `output_pointer()` for the name of the output's pointer.
+    """
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
+
+    @SymbolicGridFn
+    def tiles(rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+        return cdiv(rows, meta["BLOCK_M"]) * cdiv(columns, meta["BLOCK_K" if meta["TRANSPOSED"] else "BLOCK_N"]), 1, 1
+
+    @SymbolicGridFn
+    def rows_by_tiles(rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+        return rows, cdiv(columns, meta["BLOCK_K"]), 1
+
+    class Kernel(TritonTemplateKernel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.extra_template_env_fns.append(self.output_pointer)
+
+        def output_pointer(self) -> str:
+            return str(self.args.output(self.output_node.get_name()))
+
+    class Template(TritonTemplate):
+        kernel_type = Kernel
+
+    return Template(name=name, grid=rows_by_tiles if by_row else tiles, source=source)
+
+
+def template_output(
+    name: str,
+    template: Any,
+    inputs: Sequence[Any],
+    size: Sequence[Any],
+    dtype: torch.dtype,
+    options: Sequence[dict[str, Any]],
+    examples: dict[int, Callable[[], torch.Tensor]] | None = None,
+) -> Any:
+    """The output of the template over `inputs`: of the only option, or of the one that autotuning finds fastest.
+
+    `examples` makes inputs for autotuning, by position: random numbers will not do for what is used as an address.
+    """
+    from torch._inductor.ir import FixedLayout
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    layout = FixedLayout(inputs[0].get_device(), dtype, list(size))
+    choices: list[Any] = []
+    for option in options:
+        error = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **option)
+        if error is not None:
+            raise error
+    makers = {position: lambda buffer, make=make: make() for position, make in (examples or {}).items()}
+    node, _ = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=makers or None)
+    return node
+
+
+def triton_devices() -> bool:
+    """Whether this process wants Triton kernels: on CUDA if `ROSA_FX_TRITON=1`, or where Inductor runs Triton on the CPU.
+
+    They are proven in Triton's interpreter and by offline compilation, not yet on a GPU: until then they are asked for.
+    """
+    import torch._inductor.config as config
+
+    asked = os.environ.get("ROSA_FX_TRITON", "0") == "1"
+    return (asked and torch.cuda.is_available()) or config.cpu_backend == "triton"
+
+
+def max_autotune() -> bool:
+    """Whether Inductor is asked to time several choices."""
+    import torch._inductor.config as config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.fx import Graph
 
 from rosa_fx.kernels.inductor import CustomGraphPass, hash_files
+from rosa_fx.kernels.lowering import register as register_lowerings
 from rosa_fx.passes.joint import rewrite
 
 
@@ -24,6 +25,8 @@ class RosaPass(CustomGraphPass):
     """`rewrite` as a joint-graph pass. Its identity covers the sources, so that an edit never meets a stale cache."""
 
     def __call__(self, graph: Graph) -> None:
+        # Inductor lowers the graph next; nothing that imports it runs earlier.
+        register_lowerings()
         rewrite(graph)
 
     def uuid(self) -> bytes:

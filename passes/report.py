@@ -45,6 +45,7 @@ def weight_name(node: Node) -> str:
 
 def normalise(path: str) -> str:
     """`L['self'].layers[0].up.parametrizations.weight.0` -> `layers.0.up.weight`."""
+    path = path.replace(".__dict__['_modules']", "._modules").replace('.__dict__["_modules"]', "._modules")
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
     path = re.sub(r"^[A-Z]\.[^.]+\.?", "", path)

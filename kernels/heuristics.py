@@ -1,0 +1,200 @@
+"""Which kernel and which tiles for a product with a rewritten weight: pure functions of sizes, format and capability.
+
+Two ways to compute y = x (D(Q)+S)ᵀ + s (x Aᵀ) Bᵀ + b (and dx = dy (D(Q)+S) + s (dy B) A, `transposed`):
+
+- fused: one kernel decodes tiles of the packed weight in its main loop and keeps the low-rank part in the accumulator;
+- scratch: one kernel writes [D(Q)+S, s B] densely into a scratch buffer, then the vendor's GEMM multiplies [x, x Aᵀ] by it.
+
+Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, not measurements):
+
+- fused, few rows: bytes of the packed weight over W. Many rows: M·N·K over e·P, where e is what decoding in the loop leaves
+  of the tensor cores. The compiled NF4 loops issue 1.3 (sm_90, 128×256) and 2.2 (sm_80, 128×128) times the instructions that
+  fit beside the products, so e is taken as 0.7 and 0.45 (public 4-bit kernels reach 0.46 to 0.82 of a dense product).
+- scratch: M·N·K over 0.95 P, and (0.5 + 2 + 2) bytes · N·K over W: packed weight, scratch buffer written and read.
+  The two meet at M = 4.5 (P / W) / 2 (1 / e - 1 / 0.95) with P in FLOP/s: `CROSSOVER`.
+- The sparse part in the fused kernel is gathered from x: M·nnz loads of single elements and multiplications without tensor
+  cores, in as many steps as the longest row of a tile has entries. Up to 16 rows that is little beside the packed bytes, of
+  which the scratch buffer would make eight times as many. At 128 rows and 0.6 % entries a tile of 128×128 over K = 4096
+  gathers 400,000 elements, whose transactions alone take longer than the tile's products; the scratch buffer's cost does not
+  depend on M. So: fused up to 16 rows, scratch beyond. Transposed, the rows of CSR run along the sum, and the gather would
+  be a scatter into the accumulator: scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DECODE_ROWS = 16
+
+# Shared memory that one program may use, in bytes, by compute capability.
+SHARED_MEMORY = {
+    (7, 5): 64 << 10,
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 7): 163 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (12, 0): 99 << 10,
+}
+
+# Rows above which decoding once beats decoding in the loop, by major capability: A100 (312 TFLOP/s, 2.0 TB/s: 300) and H100
+# (989, 3.35: 1766), rounded to powers of two.
+CROSSOVER = {8: 256, 9: 2048, 10: 2048}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of M rows with the weight [N, K] as stored; `kind` is the base format's.
+
+    `transposed` sums over N, else over K. `rows` is M, or its hint where it is dynamic.
+    """
+
+    rows: int
+    n: int
+    k: int
+    kind: str
+    dtype: torch.dtype
+    rank: int = 0
+    nnz: int = 0
+    transposed: bool = False
+    capability: tuple[int, int] = (8, 0)
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.k if self.transposed else self.n
+
+    @property
+    def depth(self) -> int:
+        """What is summed over."""
+        return self.n if self.transposed else self.k
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """BLOCK_M rows by `block_out` outputs per program, `block_sum` of the sum per step of the main loop."""
+
+    block_m: int
+    block_out: int
+    block_sum: int
+    warps: int
+    stages: int
+    group_m: int = 8
+
+
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Shared memory per program on that capability, or of the nearest older one that is known."""
+    known = [item for item in SHARED_MEMORY if item <= capability]
+    return SHARED_MEMORY[max(known)] if known else 48 << 10
+
+
+def shared_bytes(product: Product, tiles: Tiles) -> int:
+    """An upper estimate of a program's shared memory: operands of each stage, the decoded tile, the low-rank operands.
+
+    Packed weights count as they are stored. The decoded tile is counted once: the product may want it in shared memory. The
+    transposition of the result reuses the space of the main loop.
+    """
+    size = product.dtype.itemsize
+    weights = tiles.block_out * tiles.block_sum
+    stored = {"nf4": weights // 2, "fp4": weights // 2, "int8": weights}.get(product.kind, weights * size)
+    decoded = 0 if product.kind == "dense" else weights * size
+    loop = tiles.stages * (tiles.block_m * tiles.block_sum * size + stored) + decoded
+    low_rank = rank_block(product.rank) * (tiles.block_m + tiles.block_out) * max(size, 4) if product.rank else 0
+    result = tiles.block_m * tiles.block_out * 4
+    return max(loop, low_rank, result)
+
+
+def fits(product: Product, tiles: Tiles) -> bool:
+    """Whether the tiles fit shared memory, and the float32 accumulator its share of the 255 registers of a thread.
+
+    That is a half, and a quarter where weights are decoded and every warp holds the operands of its own products too (before
+    sm_90): larger tiles were seen to spill.
+    """
+    accumulator = tiles.block_m * tiles.block_out // (32 * tiles.warps)
+    most = 128 if product.kind == "dense" or product.capability >= (9, 0) else 64
+    return shared_bytes(product, tiles) <= shared_limit(product.capability) and accumulator <= most
+
+
+def power_of_two(value: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least `value`, between `least` and `most`."""
+    return min(max(1 << max(value - 1, 0).bit_length(), least), most)
+
+
+def rank_block(rank: int) -> int:
+    """Ranks per step of the low-rank product."""
+    return power_of_two(rank, 16, 64)
+
+
+# Best first. Few rows: bound by the bytes of the weight, so many small programs with long steps. Many rows: the larger the
+# tile, the more products share the decoding of a weight.
+_DECODE = (
+    Tiles(16, 32, 128, 4, 4),
+    Tiles(16, 64, 128, 4, 4),
+    Tiles(16, 16, 256, 4, 4),
+    Tiles(16, 32, 64, 4, 3),
+    Tiles(16, 16, 32, 2, 2),
+)
+_LARGE = (
+    Tiles(128, 256, 64, 8, 3),
+    Tiles(256, 128, 64, 8, 3),
+    Tiles(128, 128, 64, 8, 3),
+    Tiles(128, 128, 32, 8, 3),
+    Tiles(64, 128, 64, 4, 3),
+    Tiles(64, 64, 32, 4, 3),
+    Tiles(64, 64, 32, 4, 2),
+    Tiles(32, 32, 32, 4, 2),
+    Tiles(16, 16, 16, 2, 2),
+)
+_LARGE_BEFORE_HOPPER = (*_LARGE[2:3], *_LARGE[:2], *_LARGE[3:])
+
+
+def tile_choices(product: Product) -> list[Tiles]:
+    """Tiles for the fused kernel, best first, never empty: shrunk to small matrices, and only what fits the device."""
+    many = _LARGE if product.capability >= (9, 0) else _LARGE_BEFORE_HOPPER
+    candidates: tuple[Tiles, ...] = _DECODE if product.rows <= DECODE_ROWS else many
+    found: list[Tiles] = []
+    for tiles in candidates:
+        small = Tiles(
+            block_m=min(tiles.block_m, power_of_two(product.rows, 16, 256)),
+            block_out=min(tiles.block_out, power_of_two(product.outputs, 16, 256)),
+            block_sum=min(tiles.block_sum, power_of_two(product.depth, 16, 256)),
+            warps=tiles.warps,
+            stages=tiles.stages if product.capability >= (8, 0) else min(tiles.stages, 2),
+            group_m=tiles.group_m,
+        )
+        if fits(product, small) and small not in found:
+            found.append(small)
+    return found
+
+
+def fuse(product: Product) -> bool:
+    """Whether to decode in the main loop (True) or once into a scratch buffer. See the cost model above."""
+    if product.nnz and (product.transposed or product.rows > DECODE_ROWS):
+        return False
+    if product.kind == "dense":
+        # Nothing to decode: the fused kernel saves the copies of weight and activations that the low-rank part would need.
+        return True
+    return product.rows <= CROSSOVER.get(product.capability[0], CROSSOVER[8])
+
+
+def scales_per_row(columns: int, blocksize: int, tile: int) -> int:
+    """How many scales a row of `tile` columns has in a weight [*, columns] of flat blocks; 0 if that depends on the row.
+
+    Rows start at multiples of g = gcd(columns, blocksize) in flat order, tiles at multiples of `tile`. If g is a multiple of
+    `tile`, no tile crosses a block; neither does a row if a block is whole rows. If rows are whole blocks and a tile is, too,
+    the tile has tile / blocksize of them.
+    """
+    if math.gcd(columns, blocksize) % tile == 0 or blocksize % columns == 0:
+        return 1
+    if columns % blocksize == 0 and tile % blocksize == 0:
+        return tile // blocksize
+    return 0
+
+
+def sparse_block(rows: int, block_out: int) -> int:
+    """Entries of each row per step of the gather, a power of two: at most 8192 gathered elements at a time."""
+    return max(1, min(16, 8192 // (rows * block_out)))

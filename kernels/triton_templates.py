@@ -1,0 +1,53 @@
+"""The Triton templates as Inductor takes them, one per operator and base format. The kernels are in `templates/`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from rosa_fx.kernels.lookup import permute_asm, select_tree, table
+
+FOLDER = Path(__file__).resolve().parent / "templates"
+
+# What bitsandbytes multiplies int8 codes by, beside the scale of the row: its float32 of 1 / 127.
+INT8_STEP = 7.874015718698502e-3
+
+_TILES = {"nf4": "fourbit", "fp4": "fourbit", "int8": "int8", "dense": "dense"}
+_WEIGHT_ARGUMENTS = {
+    "fourbit": '["Q", "ABSMAX"] + (["NESTED_ABSMAX", "NESTED_OFFSET", "CODE"] if DOUBLE_QUANT else [])',
+    "int8": '["Q", "ABSMAX"]',
+    "dense": '["W"]',
+}
+
+
+def source(operator: str, kind: str) -> str:
+    """The Jinja source of `operator` ("linear", "linear_t" or "scratch") for a base of `kind`.
+
+    Symbols: M rows of activations, weight [N, K] as stored, R rank. BLOCK_*: the tile of one program; TILE_N, TILE_K: the tile
+    of the weight that it decodes. X the activations, Q packed codes (W a dense weight), ABSMAX and NESTED_*: scales,
+    XA = x Aᵀ and XB = x B, DTYPE the dtype of the product, FLAT the integer dtype of flat positions in the weight.
+    """
+    tile = _TILES[kind]
+    head = [
+        f"{{% set WEIGHT = {_WEIGHT_ARGUMENTS[tile]} %}}",
+        '{% set SPARSE_PARTS = ["VALUES", "ROW_OFFSETS", "COLS"] if SPARSE else [] %}',
+        f"{{% set INT8 = {tile == 'int8'} %}}",
+        f"{{% set SCALE_IN_TILE = {operator != 'linear'} %}}",
+    ]
+    if tile == "fourbit":
+        tree = select_tree(table(kind), "{{code}}")
+        head += [
+            f"{{% macro lookup(code) -%}} {tree} {{%- endmacro %}}",
+            f"{{% set LOOKUP_ASM = {permute_asm(table(kind))!r} %}}",
+        ]
+    parts = [*head, (FOLDER / f"tile_{tile}.jinja").read_text(), (FOLDER / f"{operator}.jinja").read_text()]
+    return "\n".join(parts)
+
+
+@functools.cache
+def template(operator: str, kind: str) -> Any:
+    """The template "rosa_{operator}_{kind}"; its kernels are named after it."""
+    from rosa_fx.kernels import inductor
+
+    return inductor.triton_template(f"rosa_{operator}_{kind}", operator == "scratch", source(operator, kind))
