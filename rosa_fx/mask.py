@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
+from rosa_fx.kernels.cpu.sparse import row_ids
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Mask:
 
     def rows(self) -> Tensor:
         """Row of each entry, int64 [nnz]."""
-        counts = self.row_offsets.diff().long()
-        return torch.repeat_interleave(torch.arange(self.shape[0], device=self.cols.device), counts, output_size=self.nnz)
+        return row_ids(self.row_offsets, self.nnz)
 
     @staticmethod
     def from_dense(dense: Tensor) -> Mask:

@@ -40,7 +40,7 @@ class Collector:
         assert gradient is not None
         self.count += 1
         if self.single:
-            self._once(self._select(gradient.abs_()))
+            self.mask = self._select(gradient.abs_())
             return
         score = gradient.square_() if self.mode == "mean_squared" else gradient
         self.total = score if self.total is None else self.total.add_(score)
@@ -54,7 +54,8 @@ class Collector:
         calls, rows, cols = CollectTopK.decode(encoded)
         self.overlapping |= calls != 1
         if not self.overlapping:
-            self._once(self._checked(rows, cols))
+            self._refuse_nan(cols)
+            self.mask = Mask.from_indices(rows, cols, self.weight.shape)
 
     def finish(self) -> Mask:
         """The mask. Raises RosaError, naming the weight, for NaN gradients and for gradients that cannot be told apart."""
@@ -72,26 +73,17 @@ class Collector:
             return self._select(torch.zeros(self.weight.shape, device=device))
         return self._select(self.total.abs_())
 
-    def _once(self, mask: Mask) -> None:
-        self.mask = mask
-
     def _select(self, score: Tensor) -> Mask:
         row_offsets, cols = select_topk(score, self.nnz)
-        mask = Mask(row_offsets, cols, self.weight.shape)
-        if self.nnz and int(cols.min()) < 0:
-            raise RosaError(self._nan())
-        return mask
+        self._refuse_nan(cols)
+        return Mask(row_offsets, cols, self.weight.shape)
 
-    def _checked(self, rows: Tensor, cols: Tensor) -> Mask:
+    def _refuse_nan(self, cols: Tensor) -> None:
         if self.nnz and int(cols.min()) < 0:
-            raise RosaError(self._nan())
-        return Mask.from_indices(rows, cols, self.weight.shape)
-
-    def _nan(self) -> str:
-        return (
-            f"{self.name}: its gradient holds NaN, so no mask can be chosen from it; check the batch and the loss of this "
-            "step, or lower the learning rate of the warm-up"
-        )
+            raise RosaError(
+                f"{self.name}: its gradient holds NaN, so no mask can be chosen from it; check the batch and the loss of this "
+                "step, or lower the learning rate of the warm-up"
+            )
 
 
 def parse_schedule(schedule: str, has_low_rank: bool, has_sparse: bool) -> tuple[int | None, int | None]:

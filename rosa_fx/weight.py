@@ -147,15 +147,11 @@ class RosaWeight(nn.Module):
         return ()
 
     def forward(self) -> Tensor:
-        delta: list[Tensor] = []
-        if self.low_rank is not None:
-            A: Tensor = self.low_rank.A
-            if self.dropout > 0 and self.training:
-                # Dropout of input features in weight space: (x ∘ m) Aᵀ = x (A ∘ m)ᵀ with one mask for all rows of x.
-                A = A * nn.functional.dropout(A.new_ones(A.shape[1]), self.dropout)
-            delta += [A, self.low_rank.B]
-        if self.sparse is not None and self.phase == "joint":
-            delta += [self.sparse.values, self.sparse.row_offsets, self.sparse.cols]
+        delta = self.delta_tensors()
+        if self.low_rank is not None and self.dropout > 0 and self.training:
+            # Dropout of input features in weight space: (x ∘ m) Aᵀ = x (A ∘ m)ᵀ with one mask for all rows of x.
+            A = self.low_rank.A
+            delta[0] = A * nn.functional.dropout(A.new_ones(A.shape[1]), self.dropout)
         key = self.layout_key
         if self.phase == "collect" and torch.is_grad_enabled():
             # Eager mode hands over the dense gradient of all uses summed, one layer at a time anyway. In a compiled

@@ -85,7 +85,8 @@ def _check_filled(what: str, row_offsets: Tensor, cols: Tensor) -> None:
         raise RosaError(f"{what}: row_offsets ends at {entries}, but cols has {cols.numel()} entries; set a mask first")
 
 
-def _row_ids(row_offsets: Tensor, nnz: int) -> Tensor:
+def row_ids(row_offsets: Tensor, nnz: int) -> Tensor:
+    """Row of each entry of a CSR mask, int64 [nnz], without a host sync."""
     rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)
     return torch.repeat_interleave(rows, row_offsets.diff().long(), output_size=nnz)  # output_size: no host sync
 
@@ -127,7 +128,7 @@ def scatter_add_(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tens
 
 
 def _scatter_add_torch(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor) -> None:
-    index = _row_ids(row_offsets, cols.numel()) * weight.shape[1] + cols
+    index = row_ids(row_offsets, cols.numel()) * weight.shape[1] + cols
     flat = weight.detach().view(-1)
     dtype = _accumulate_dtype(weight, values)
     total = flat.index_select(0, index).to(dtype) + values.detach().to(dtype)
@@ -176,7 +177,7 @@ def sddmm(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor, out_dtype: t
 
 def _sddmm_torch(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor) -> Tensor:
     dtype = _accumulate_dtype(dy, x)
-    rows = _row_ids(row_offsets, cols.numel())
+    rows = row_ids(row_offsets, cols.numel())
     # Whole rows of the transposes are gathered, a bounded number of them at a time: never a dense [N, K] gradient.
     dy_t, x_t = dy.detach().t().contiguous(), x.detach().t().contiguous()
     out = torch.zeros(cols.numel(), dtype=dtype, device=x.device)

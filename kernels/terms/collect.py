@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rosa_fx.kernels.cpu.sparse import select_topk
+from rosa_fx.kernels.cpu.sparse import row_ids, select_topk
 from rosa_fx.kernels.terms.base import Shape, Term
-from rosa_fx.kernels.terms.sparse import row_indices
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class CollectTopK(Term):
         row_offsets, cols = select_topk(score, nnz)
         out = probe.new_empty(probe.shape)
         out[0] = 1
-        out[1 : nnz + 1] = row_indices(row_offsets, nnz)
+        out[1 : nnz + 1] = row_ids(row_offsets, nnz)
         out[nnz + 1 :] = cols
         return [out]
 

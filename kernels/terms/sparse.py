@@ -15,14 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rosa_fx.kernels.cpu.sparse import scatter_add_, sddmm
+from rosa_fx.kernels.cpu.sparse import row_ids, scatter_add_, sddmm
 from rosa_fx.kernels.terms.base import Shape, Term
-
-
-def row_indices(row_offsets: Tensor, nnz: int) -> Tensor:
-    """Row of each entry, int64 [nnz], without a host sync."""
-    rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)
-    return torch.repeat_interleave(rows, row_offsets.diff(), output_size=nnz)
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Sparse(Term):
     def dense(self, tensors: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
         values, row_offsets, cols = tensors
         out = values.new_zeros(shape, dtype=dtype)
-        return out.index_put((row_indices(row_offsets, values.numel()), cols.long()), values.to(dtype))
+        return out.index_put((row_ids(row_offsets, values.numel()), cols.long()), values.to(dtype))
 
     def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
         scatter_add_(weight, *tensors)
@@ -48,4 +42,4 @@ class Sparse(Term):
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         values, row_offsets, cols = tensors
-        return [dW[row_indices(row_offsets, values.numel()), cols.long()].to(values.dtype)]
+        return [dW[row_ids(row_offsets, values.numel()), cols.long()].to(values.dtype)]

@@ -57,7 +57,7 @@ def run_demo(
     ctx.obj = out
     common.check_out(out, resume)
     warm_up = max(1, steps // 5)
-    spec = rosa_fx.RosaSpec(base=base, rank=rank, density=density, schedule=_schedule(rank, density, warm_up))
+    spec = rosa_fx.RosaSpec(base=base, rank=rank, density=density, schedule=f"wl{warm_up}")
     config = TrainConfig(
         max_steps=steps,
         lr=lr,
@@ -148,12 +148,6 @@ def _fitting(rows: Sequence[Row], tokenizer: Any, max_length: int, count: int, s
     if not fitting:
         raise RosaError(f"no function fits into {max_length} tokens with this tokenizer: raise --max-length")
     return fitting
-
-
-def _schedule(rank: int, density: float, warm_up: int) -> str:
-    if rank == 0:
-        return "spa_only"
-    return "lora_only" if density == 0 else f"wl{warm_up}"
 
 
 def _say(number: int, text: str) -> None:

@@ -40,7 +40,6 @@ def run_explain(
         density=density,
         targets=target or "all-linear",
         exclude=exclude or (),
-        schedule=_schedule(rank, density),
     )
     rows = read_jsonl(data)[:batch] if data else []
     chosen_device = common.pick_device(device)
@@ -79,10 +78,3 @@ def run_explain(
         )
     out.print(table)
     out.print(str(report).splitlines()[-1], highlight=False)
-
-
-def _schedule(rank: int, density: float) -> str:
-    """A schedule that fits the terms; which one it is makes no difference to what can be fused."""
-    if rank == 0:
-        return "spa_only"
-    return "lora_only" if density == 0 else "wl64"
