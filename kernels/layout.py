@@ -23,6 +23,9 @@ from rosa_fx.kernels.terms.registry import term
 class Layout:
     """Shape [N, K] and dtype of the weight as the model sees it, base format, terms.
 
+    A weight that is a stack of `stack` matrices [N / stack, K], one below the other, has all of them in this shape; each has
+    a low-rank term of its own.
+
     `strict` makes a consumer that cannot be fused an error at compile time. `region` says which part of the weight a product
     uses, [row start, row stop) and [column start, column stop), where that is not all of it (a packed qkv projection).
     """
@@ -33,6 +36,7 @@ class Layout:
     terms: tuple[Term, ...] = field(default=())
     strict: bool = False
     region: Region | None = None
+    stack: int = 1
 
     @property
     def out_shape(self) -> Shape:
@@ -40,6 +44,11 @@ class Layout:
         if self.region is None:
             return self.shape
         return self.region[1] - self.region[0], self.region[3] - self.region[2]
+
+    @property
+    def each_shape(self) -> Shape:
+        """(N, K) of one matrix of the stack, or of its part where a grouped product uses the same region of each."""
+        return (self.shape[0] // self.stack, self.shape[1]) if self.region is None else self.out_shape
 
     @property
     def key(self) -> str:
@@ -56,6 +65,7 @@ class Layout:
             terms=tuple(term(t.pop("kind"), **t) for t in data["terms"]),
             strict=data["strict"],
             region=None if data["region"] is None else tuple(data["region"]),
+            stack=data["stack"],
         )
 
     def with_dtype(self, dtype: torch.dtype) -> Layout:
@@ -64,6 +74,11 @@ class Layout:
     def part(self, region: Region) -> Layout:
         """The layout of a product with that part of the weight."""
         return replace(self, region=None if region == (0, self.shape[0], 0, self.shape[1]) else region)
+
+    def part_of_each(self, region: Region) -> Layout:
+        """The layout of a grouped product with that part of each matrix of the stack."""
+        rows, columns = replace(self, region=None).each_shape
+        return replace(self, region=None if region == (0, rows, 0, columns) else region)
 
     def cut(self, weight: Tensor) -> Tensor:
         """The region of a dense weight [N, K], as a view."""
@@ -105,6 +120,7 @@ def _encode(layout: Layout) -> str:
             "terms": [{"kind": item.kind, **item.fields()} for item in layout.terms],
             "strict": layout.strict,
             "region": layout.region,
+            "stack": layout.stack,
         },
         separators=(",", ":"),
     )

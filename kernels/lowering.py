@@ -63,6 +63,8 @@ def _lower(x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], key: st
     if not inductor.generates_triton(device) or x.get_dtype() not in _TRITON_DTYPES or 0 in sizes:
         return None
     layout = Layout.parse(key)
+    if layout.stack != 1:
+        return None
     outputs = layout.shape[1] if transposed else layout.shape[0]
     if layout.shape == (1, 1) or (outputs == 1 and all(size == 1 for size in sizes[:-1])):
         # Inductor drops the mask of a store that has one address only.

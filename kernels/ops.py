@@ -10,7 +10,7 @@ Nothing here is differentiable twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rosa_fx.kernels import definition
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.stack import Stack, grads_of_pieces, pieces_of_region, whole_piece
 
 DEVICES = ("cpu", "cuda")
 
@@ -34,8 +35,12 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _product(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str, transposed: bool) -> Tensor:
-    parsed = Layout.parse(layout)
+def product(
+    x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
+) -> Tensor:
+    """x Wᵀ + b [*, N], or x W + b [*, K] if `transposed`, by one dequantised weight and one GEMM."""
+    if parsed.stack > 1:
+        return _stacked_product(x, bias, base, delta, parsed, transposed)
     terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
     folded = [(item, tensors) for item, tensors in terms if item.folds]
     weight = (parsed.base.dequantize if folded else parsed.base.read)(base, parsed.shape, x.dtype)
@@ -61,6 +66,26 @@ def _product(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Ten
     for left, thin in pairs:
         out.addmm_(left, thin)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _stacked_product(
+    x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
+) -> Tensor:
+    """`product` with rows of a stack, which are part of one matrix or go across several."""
+    stack = Stack(base, delta, parsed)
+    pieces = list(pieces_of_region(parsed))
+    if len(pieces) == 1:
+        return product(x, bias, *stack.matrix(*pieces[0]), transposed)
+    if not transposed:
+        out = torch.cat([product(x, None, *stack.matrix(*piece), transposed) for piece in pieces], -1)
+        return out if bias is None else out + bias.to(x.dtype)
+    parts = x.to(definition.accumulate_dtype(x.dtype)).split([row_stop - row for _, (row, row_stop, _, _) in pieces], -1)
+    total = bias
+    for part, piece in zip(parts, pieces):
+        out = product(part, None, *stack.matrix(*piece), transposed)
+        total = out if total is None else total + out
+    assert total is not None
+    return total.to(x.dtype)
 
 
 @torch.library.custom_op("rosa_fx::materialize", mutates_args=())
@@ -105,18 +130,24 @@ def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
 
 @linear.register_kernel(DEVICES)
 def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return _product(x, bias, base, delta, layout, transposed=False)
+    return product(x, bias, base, delta, Layout.parse(layout), transposed=False)
 
 
 @linear_t.register_kernel(DEVICES)
 def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return _product(x, bias, base, delta, layout, transposed=True)
+    return product(x, bias, base, delta, Layout.parse(layout), transposed=True)
 
 
 @linear_grads.register_kernel(DEVICES)
 def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
     parsed = Layout.parse(layout)
-    dy, x = definition.whole_factors(_flat(dy), _flat(x), parsed)
+    dy, x = _flat(dy), _flat(x)
+    if parsed.stack > 1:
+        numbers, regions = zip(*pieces_of_region(parsed))
+        parts = dy.split([row_stop - row for row, row_stop, _, _ in regions], -1)
+        pieces = [whole_piece(number, part, x, region, parsed) for number, part, region in zip(numbers, parts, regions)]
+        return grads_of_pieces(pieces, delta, parsed)
+    dy, x = definition.whole_factors(dy, x, parsed)
     return [grad for item, tensors in parsed.split(delta) for grad in item.grads(dy, x, tensors)]
 
 

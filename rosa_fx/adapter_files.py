@@ -90,7 +90,8 @@ def _entry(weight: RosaWeight) -> WeightEntry:
     low_rank, sparse, base = weight.low_rank, weight.sparse, weight.base
     return WeightEntry(
         shape=weight.shape,
-        rank=0 if low_rank is None else low_rank.A.shape[0],
+        matrices=dataclasses.astuple(weight.reading),
+        rank=0 if low_rank is None else low_rank.rank,
         nnz=0 if sparse is None else sparse.values.numel(),
         base=base.format.to_dict(),
         dtype=_dtype_name(base.dtype),
@@ -106,6 +107,7 @@ def _planned(target: Target, spec: RosaSpec, default: torch.dtype) -> WeightEntr
     form, dtype, packed = planned_base(target, spec, default)
     return WeightEntry(
         shape=target.shape,
+        matrices=dataclasses.astuple(target.reading),
         rank=target.rank,
         nnz=target.nnz,
         base=form.to_dict(),
@@ -154,7 +156,7 @@ def _checked(
 
 
 def _check_entry(files: AdapterFiles, name: str, saved: WeightEntry, here: WeightEntry) -> None:
-    for field in ("shape", "rank", "nnz", "base"):
+    for field in ("shape", "matrices", "rank", "nnz", "base"):
         of_file, of_model = getattr(saved, field), getattr(here, field)
         if of_file != of_model:
             raise RosaError(
@@ -188,22 +190,24 @@ def _checked_tensors(files: AdapterFiles, target: Target, entry: WeightEntry, st
             )
         tensors[key] = tensor.to(wanted)
     if target.density > 0:
-        _check_mask(files, target.name, entry, tensors)
+        _check_mask(files, target, entry, tensors)
     return tensors
 
 
 def _expected(target: Target) -> dict[str, tuple[int, ...]]:
     """Shapes of the adapter tensors of one weight."""
-    (rows, columns), rank, nnz = target.shape, target.rank, target.nnz
+    reading, rank, nnz = target.reading, target.rank, target.nnz
+    stack = () if reading.stack == 1 else (reading.stack,)
     shapes: dict[str, tuple[int, ...]] = {}
     if rank:
-        shapes |= {"low_rank.A": (rank, columns), "low_rank.B": (rows, rank)}
+        shapes |= {"low_rank.A": (*stack, rank, reading.columns), "low_rank.B": (*stack, reading.rows, rank)}
     if target.density > 0:  # a density of less than one entry leaves a sparse part with none
-        shapes |= {"sparse.values": (nnz,), "sparse.row_offsets": (rows + 1,), "sparse.cols": (nnz,)}
+        shapes |= {"sparse.values": (nnz,), "sparse.row_offsets": (reading.matrix[0] + 1,), "sparse.cols": (nnz,)}
     return shapes
 
 
-def _check_mask(files: AdapterFiles, name: str, entry: WeightEntry, tensors: Mapping[str, Tensor]) -> None:
+def _check_mask(files: AdapterFiles, target: Target, entry: WeightEntry, tensors: Mapping[str, Tensor]) -> None:
+    name, matrix = target.name, target.reading.matrix
     offsets, cols = tensors[f"{name}.sparse.row_offsets"], tensors[f"{name}.sparse.cols"]
     if not entry.has_mask:
         if bool(offsets.any()):
@@ -212,7 +216,7 @@ def _check_mask(files: AdapterFiles, name: str, entry: WeightEntry, tensors: Map
     # Before their differences are looked at, which may overflow.
     if int(offsets.min()) < 0 or int(offsets.max()) > entry.nnz:
         raise RosaError(f"{name}: row_offsets in the adapter {files.folder} must rise from 0 to nnz = {entry.nnz}")
-    Mask(offsets, cols, entry.shape).validate(name, entry.shape, entry.nnz)
+    Mask(offsets, cols, matrix).validate(name, matrix, entry.nnz)
 
 
 def _without_compile(model: nn.Module) -> nn.Module:

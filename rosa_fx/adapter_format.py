@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -37,9 +38,14 @@ PENDING = ".adapter.new"
 
 @dataclasses.dataclass(frozen=True)
 class WeightEntry:
-    """What the configuration says of one weight. `fingerprint` is None where the base is not known."""
+    """What the configuration says of one weight. `fingerprint` is None where the base is not known.
 
-    shape: tuple[int, int]
+    `shape` is that of the parameter, `matrices` (E, N, K) those that it is read as: (1, N, K) for a matrix, whose factors are
+    A [R, K] and B [N, R]; more are a stack with A [E, R, K] and B [E, N, R].
+    """
+
+    shape: tuple[int, ...]
+    matrices: tuple[int, int, int]
     rank: int
     nnz: int
     base: dict[str, Any]
@@ -50,16 +56,21 @@ class WeightEntry:
     @staticmethod
     def from_json(where: str, value: object) -> WeightEntry:
         """The entry that `dataclasses.asdict` gave. RosaError, beginning with `where`, if it is none."""
-        types = {"shape": list, "rank": int, "nnz": int, "base": dict, "dtype": str, "has_mask": bool}
+        types = {"shape": list, "matrices": list, "rank": int, "nnz": int, "base": dict, "dtype": str, "has_mask": bool}
         types["fingerprint"] = str | type(None)  # type: ignore[assignment]
         if not isinstance(value, dict) or value.keys() != types.keys():
             raise RosaError(f"{where} must have the fields {', '.join(types)}, got {value!r}")
         for name, expected in types.items():
             if not isinstance(value[name], expected):
                 raise RosaError(f"{where}: {name} has the bad value {value[name]!r}")
-        if len(value["shape"]) != 2 or not all(isinstance(size, int) for size in value["shape"]):
-            raise RosaError(f"{where}: shape must be [N, K], got {value['shape']!r}")
-        return WeightEntry(**{**value, "shape": tuple(value["shape"])})
+        shape, matrices = value["shape"], value["matrices"]
+        if len(shape) < 2 or not all(isinstance(size, int) for size in shape):
+            raise RosaError(f"{where}: shape must be [N, K] or have more dimensions, got {shape!r}")
+        if len(matrices) != 3 or not all(isinstance(size, int) for size in matrices):
+            raise RosaError(f"{where}: matrices must be [E, N, K], got {matrices!r}")
+        if math.prod(matrices) != math.prod(shape):
+            raise RosaError(f"{where}: matrices {matrices!r} are not what a parameter of shape {shape!r} holds")
+        return WeightEntry(**{**value, "shape": tuple(shape), "matrices": tuple(matrices)})
 
 
 @dataclasses.dataclass(frozen=True)

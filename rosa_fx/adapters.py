@@ -24,7 +24,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
 
     Args:
         model: transformed.
-        masks: by weight name a `Mask`, or a bool tensor [N, K]; each with nnz = int(density·N·K) entries.
+        masks: by weight name a `Mask`, or a bool tensor [N, K]; each with nnz = int(density·N·K) entries. For a weight with
+            more than two dimensions the bool tensor has its shape, and a `Mask` that of its matrix, see `adapter`.
 
     Raises:
         RosaError: unknown name, no sparse part, wrong shape or number of entries, unsorted or out-of-range indices.
@@ -36,8 +37,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
         weight = weight_of(model, name)
         if weight.sparse is None:
             raise RosaError(f"{name} has no sparse part (density 0): transform with density > 0 to set a mask")
-        mask = Mask.from_dense(given) if isinstance(given, Tensor) else given
-        mask.validate(name, weight.shape, weight.sparse.values.numel())
+        mask = _from_dense(name, weight, given) if isinstance(given, Tensor) else given
+        mask.validate(name, weight.matrix, weight.sparse.values.numel())
         checked[name] = (weight, mask)
     for weight, mask in checked.values():
         assert weight.sparse is not None
@@ -45,6 +46,14 @@ def set_masks(model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
         with torch.no_grad():
             weight.sparse.values.zero_()
         weight.set_phase("joint")
+
+
+def _from_dense(name: str, weight: RosaWeight, dense: Tensor) -> Mask:
+    if tuple(dense.shape) == weight.shape:
+        dense = dense.reshape(weight.matrix)
+    elif len(weight.shape) > 2 and tuple(dense.shape) != weight.matrix:
+        raise RosaError(f"{name}: the mask has shape {list(dense.shape)}, the weight {list(weight.shape)}")
+    return Mask.from_dense(dense)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +91,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         if weight.sparse is not None and bool(state[f"{name}.sparse.row_offsets"].any()):
             offsets, cols = state[f"{name}.sparse.row_offsets"], state[f"{name}.sparse.cols"]
-            Mask(offsets, cols, weight.shape).validate(name, weight.shape, weight.sparse.values.numel())
+            Mask(offsets, cols, weight.matrix).validate(name, weight.matrix, weight.sparse.values.numel())
     for key, tensor in state.items():
         expected[key].copy_(tensor)
     for weight in weights.values():

@@ -101,18 +101,20 @@ def _attach(target: Target, spec: RosaSpec, strict: bool, default: torch.dtype) 
     original: Tensor = getattr(module, attribute).detach()
     form, weight_dtype, packed = planned_base(target, spec, default)
     dtype = getattr(torch, spec.adapter_dtype)
+    matrix = original if packed is not None else original.reshape(target.reading.matrix)
     try:
         # "keep" holds the very tensors: the weight stays as it is, without a second copy.
-        kept = packed.tensors if packed is not None else (original,) if form.kind == "dense" else None
-        tensors = form.quantize(original) if kept is None else kept
+        kept = packed.tensors if packed is not None else (matrix,) if form.kind == "dense" else None
+        tensors = form.quantize(matrix) if kept is None else kept
     except RosaError as error:
         raise RosaError(f"{target.name}: {error}") from error
     device = original.device
     weight = RosaWeight(
         FrozenBase(form, tensors, weight_dtype),
         target.shape,
-        LowRankParameters(target.shape, target.rank, spec.init, dtype, device) if target.rank else None,
-        SparseParameters(target.shape, target.nnz, dtype, device) if target.density > 0 else None,
+        LowRankParameters(target.reading, target.rank, spec.init, dtype, device) if target.rank else None,
+        SparseParameters(target.reading.matrix, target.nnz, dtype, device) if target.density > 0 else None,
+        reading=target.reading,
         scale=target.scale,
         dropout=spec.dropout,
         strict=strict,
@@ -121,7 +123,7 @@ def _attach(target: Target, spec: RosaSpec, strict: bool, default: torch.dtype) 
     known = fingerprint(original) if packed is None else packed.fingerprint()
     weight.base.register_buffer("fingerprint", known.to(device))
     weight.train(module.training)
-    del original, packed, kept
+    del original, matrix, packed, kept
     for owner, name in target.owners:
         parametrize.register_parametrization(owner, name, weight, unsafe=True)
     return weight
@@ -146,16 +148,18 @@ def trainable_parameters(model: nn.Module, lr: float = 7e-4, lr_sparse: float = 
 def adapter(model: nn.Module, name: str) -> RosaWeight:
     """The terms of the weight `name`: `.low_rank.A` [R, K], `.low_rank.B` [N, R], `.sparse.values` [nnz], `.sparse.mask`.
 
+    `.shape` is that of the parameter, `.reading` how it is read as matrices. In a stack of E matrices [N, K] they have a
+    low-rank term each, `A` [E, R, K] and `B` [E, N, R], and one sparse term with a mask [E · N, K].
     A term that the spec leaves out is None. Raises RosaError for a name that is not a target.
     """
     return weight_of(model, name)
 
 
 def base_weight(model: nn.Module, name: str) -> Tensor:
-    """The dense frozen base D(Q) [N, K] of the weight `name`, in the dtype of the weight."""
+    """The dense frozen base D(Q) of the weight `name`, in its shape ([N, K] mostly) and dtype."""
     return weight_of(model, name).dense_base()
 
 
 def delta(model: nn.Module, name: str) -> Tensor:
-    """The dense ΔW = s·B A + S [N, K] of the weight `name`, float32."""
+    """The dense ΔW = s·B A + S of the weight `name`, in its shape ([N, K] mostly), float32."""
     return weight_of(model, name).dense_delta()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -80,7 +81,7 @@ def fill(model: nn.Module) -> None:
         if weight.low_rank is not None:
             nn.init.normal_(weight.low_rank.B, std=0.05)
         if weight.sparse is not None:
-            dense = torch.zeros(weight.shape[0] * weight.shape[1], dtype=torch.bool)
+            dense = torch.zeros(math.prod(weight.shape), dtype=torch.bool)
             dense[torch.randperm(dense.numel())[: weight.sparse.values.numel()]] = True
             rosa_fx.set_masks(model, {name: dense.view(weight.shape)})
             nn.init.normal_(weight.sparse.values, std=0.05)

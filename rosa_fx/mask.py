@@ -15,6 +15,8 @@ from rosa_fx.kernels.cpu.sparse import row_ids
 class Mask:
     """A mask in CSR: `row_offsets` int32 [N + 1], `cols` int32 [nnz] ascending within a row, `shape` (N, K).
 
+    The mask of a weight with more than two dimensions is that of its matrix: [E · N, K] for a stack of E matrices [N, K].
+
     Built with `Mask.from_dense`, `Mask.from_indices` or directly; `validate` checks what kernels rely on.
     """
 

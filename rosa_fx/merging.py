@@ -52,10 +52,10 @@ def _refuse_not_finite(name: str, weight: RosaWeight) -> None:
 
 @torch.no_grad()
 def merged_weight(weight: RosaWeight) -> Tensor:
-    """D(Q) + ΔW [N, K]: summed in float32 or wider, rounded once to the dtype of the weight."""
+    """D(Q) + ΔW in the shape of the weight: summed in float32 or wider, rounded once to its dtype."""
     base = weight.base
     wide = torch.promote_types(base.dtype, torch.float32)
-    dense = base.format.dequantize(base.tensors(), weight.shape, wide).add_(weight.dense_delta())
+    dense = base.format.dequantize(base.tensors(), weight.matrix, wide).view(weight.shape).add_(weight.dense_delta())
     return dense.to(base.dtype)
 
 

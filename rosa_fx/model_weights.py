@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from rosa_fx.linear_uses import uses_linearly
 from rosa_fx.packed import PackedWeight, find_packed
+from rosa_fx.reading import Reading, read
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,6 +76,22 @@ class ModelWeights:
             return False
         return not bare or uses_linearly(self.modules, bare)
 
+    def reading(self, weight: Weight) -> Reading:
+        """How the weight is read as matrices: a stack over all but its last two dimensions."""
+        return read(weight.shape)
+
+    def unreadable(self, weight: Weight) -> str:
+        """Why the weight is no matrix and no stack of them, as the rest of a sentence; empty if it is."""
+        dimensions = weight.dimensions
+        if dimensions is None or dimensions == 2:
+            return ""
+        if dimensions < 2 or weight.blocked:
+            return f"has {dimensions} dimensions"
+        kinds = {self._kind(name) for name in weight.names}
+        if kinds != {"bare"}:
+            return f"has {dimensions} dimensions and belongs to {type(weight.owners[0][0]).__name__}"
+        return f"has {dimensions} dimensions and {reason}" if (reason := self.unusable(weight)) else ""
+
     def shared_with_embedding(self, weight: Weight) -> str:
         """The name of an embedding table that is this very Parameter under another owner; empty if there is none."""
         if len(weight.owners) < 2:
@@ -82,7 +99,7 @@ class ModelWeights:
         return next((name for name in weight.names if self._kind(name) == "embedding"), "")
 
     def unusable(self, weight: Weight) -> str:
-        """Why a weight with two dimensions cannot hold an adapter, as the rest of a sentence; empty if it can."""
+        """Why a weight cannot hold an adapter, as the rest of a sentence; empty if it can."""
         parameter = weight.parameter
         if parameter is None:
             return weight.blocked

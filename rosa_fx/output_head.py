@@ -83,7 +83,7 @@ def _output_sizes(weight: Weight) -> tuple[int, ...]:
     module = weight.owners[0][0]
     if weight.parameter is None or weight.dimensions is None or isinstance(module, nn.MultiheadAttention):
         return ()
-    rows, columns = weight.shape
+    rows, columns = weight.shape[-2:]
     if isinstance(module, nn.Linear):
         return (rows,)
     return (columns,) if is_conv1d(module) else (rows, columns)  # a bare parameter may lie either way

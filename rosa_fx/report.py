@@ -16,10 +16,14 @@ from rosa_fx.state import RosaState, state_of, unwrap
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One rewritten weight: `status` is "fused", "dense" (right, but the dense weight is computed) or "unused"."""
+    """One rewritten weight: `status` is "fused", "dense" (right, but the dense weight is computed) or "unused".
+
+    `shape` is that of the parameter. For one with more than two dimensions `reason` says how it is read as matrices; `rank`
+    is that of each matrix, `nnz` counts the entries of all.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     base: str
     rank: int
     nnz: int
@@ -58,7 +62,7 @@ class RewriteReport:
     def __str__(self) -> str:
         rows = [("weight", "shape", "base", "rank", "nnz", "status", "reason")]
         for t in self.targets:
-            rows.append((t.name, f"{t.shape[0]}x{t.shape[1]}", t.base, str(t.rank), str(t.nnz), t.status, t.reason))
+            rows.append((t.name, "x".join(map(str, t.shape)), t.base, str(t.rank), str(t.nnz), t.status, t.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[6]]).rstrip() for row in rows]
         unused = len(self.targets) - self.fused - self.dense
@@ -114,7 +118,7 @@ def _target(name: str, state: RosaState, graphs: list[GraphReport]) -> TargetRep
         name=name,
         shape=weight.shape,
         base=target.base,
-        rank=0 if weight.low_rank is None else weight.low_rank.A.shape[0],
+        rank=0 if weight.low_rank is None else weight.low_rank.rank,
         nnz=0 if weight.sparse is None else weight.sparse.values.numel(),
         status=status,
         reason="; ".join(notes),

@@ -55,7 +55,7 @@ class Collector:
         self.overlapping |= calls != 1
         if not self.overlapping:
             self._refuse_nan(cols)
-            self.mask = Mask.from_indices(rows, cols, self.weight.shape)
+            self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
 
     def finish(self) -> Mask:
         """The mask. Raises RosaError, naming the weight, for NaN gradients and for gradients that cannot be told apart."""
@@ -70,13 +70,13 @@ class Collector:
         if self.total is None:
             warnings.warn(f"{self.name} received no gradient while masks were collected: its mask is arbitrary", stacklevel=4)
             device = self.weight.base.tensors()[0].device
-            return self._select(torch.zeros(self.weight.shape, device=device))
+            return self._select(torch.zeros(self.weight.matrix, device=device))
         return self._select(self.total.abs_())
 
     def _select(self, score: Tensor) -> Mask:
         row_offsets, cols = select_topk(score, self.nnz)
         self._refuse_nan(cols)
-        return Mask(row_offsets, cols, self.weight.shape)
+        return Mask(row_offsets, cols, self.weight.matrix)
 
     def _refuse_nan(self, cols: Tensor) -> None:
         if self.nnz and int(cols.min()) < 0:

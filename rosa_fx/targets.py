@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from rosa_fx.errors import RosaError
 from rosa_fx.model_weights import ModelWeights, Weight
 from rosa_fx.output_head import output_heads
 from rosa_fx.packed import PackedWeight, refuse_requantising
+from rosa_fx.reading import Reading
 from rosa_fx.spec import ALL_LINEAR, RosaSpec, pattern_matcher
 
 _INT32_MAX = 2**31 - 1
@@ -25,14 +27,16 @@ class Target:
     """One weight to fine-tune.
 
     ``name`` is its first fully qualified name in the original model; ``owners`` every (module, attribute) that holds
-    this very Parameter object; ``shape`` its ``(N, K)`` as stored (a Hugging Face ``Conv1D`` stores ``(in, out)``).
-    ``rank`` is already capped, ``scale`` is that of the capped rank, ``nnz = int(density * N * K)``. ``note`` says what
-    differs from the spec, e.g. ``"rank capped from 16 to 8 = min(N, K)"``, and is empty otherwise.
+    this very Parameter object; ``shape`` its ``(N, K)`` as stored (a Hugging Face ``Conv1D`` stores ``(in, out)``), or more
+    dimensions, which ``reading`` reads as one matrix or a stack of them. ``rank`` is that of each matrix and already capped,
+    ``scale`` is that of the capped rank, ``nnz = int(density * number of entries)``. ``note`` says what differs from the
+    spec, e.g. ``"rank capped from 16 to 8 = min(N, K)"``, and how more than two dimensions are read; else it is empty.
     """
 
     name: str
     owners: tuple[tuple[nn.Module, str], ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    reading: Reading
     rank: int
     alpha: float
     scale: float
@@ -78,7 +82,7 @@ def select_targets(model: nn.Module, spec: RosaSpec) -> list[Target]:
     targets = []
     for weight in weights.all:  # in model order
         if weight.name in selected:
-            targets.append(_target(weight, spec, [pattern for pattern, names in overrides if weight.name in names]))
+            targets.append(_target(weights, weight, spec, [pattern for pattern, names in overrides if weight.name in names]))
     return targets
 
 
@@ -148,8 +152,8 @@ def _named(weights: ModelWeights, pattern: str, excluded: set[str]) -> list[Weig
     for weight in _matching(weights, "targets", pattern):
         if weight.name in excluded:
             reasons.append(f"{weight.name!r} is excluded")
-        elif weight.dimensions not in (None, 2):
-            reasons.append(f"{weight.name!r} has {weight.dimensions} dimensions")
+        elif reason := weights.unreadable(weight):
+            reasons.append(f"{weight.name!r} {reason}")
         elif weight.blocked:
             raise RosaError(f"the weight {weight.name!r} {weight.blocked}")
         elif shared := weights.shared_with_embedding(weight):
@@ -164,7 +168,7 @@ def _named(weights: ModelWeights, pattern: str, excluded: set[str]) -> list[Weig
     if not found:
         raise RosaError(
             f"targets: the pattern {pattern!r} matches nothing usable (a target is a floating-point weight with two "
-            f"dimensions; stacks with more are not supported): {_some(reasons)}"
+            f"dimensions, or with more outside the modules of torch): {_some(reasons)}"
         )
     return found
 
@@ -187,8 +191,10 @@ def _override_matches(weights: ModelWeights, spec: RosaSpec, selected: dict[str,
     return matches
 
 
-def _target(weight: Weight, spec: RosaSpec, patterns: list[str]) -> Target:
-    rows, columns = _checked_shape(weight)
+def _target(weights: ModelWeights, weight: Weight, spec: RosaSpec, patterns: list[str]) -> Target:
+    _check_values(weight)
+    reading = weights.reading(weight)
+    (rows, columns), shape = (reading.rows, reading.columns), " x ".join(map(str, weight.shape))
     settings: dict[str, Any] = {"rank": spec.rank, "alpha": spec.alpha, "density": spec.density, "base": spec.base}
     origin: dict[str, str] = {}
     for pattern in patterns:
@@ -199,31 +205,34 @@ def _target(weight: Weight, spec: RosaSpec, patterns: list[str]) -> Target:
         asked = f"overrides[{origin['base']!r}]" if "base" in origin else "base"
         refuse_requantising(weight.name, weight.packed, settings["base"], asked)
         notes.append(str(weight.packed))
+    if len(weight.shape) > 2:
+        notes.append(f"read as {reading}")
     if rank > min(rows, columns):
         if "rank" in origin:
             raise RosaError(
                 f"overrides[{origin['rank']!r}]: rank {rank} exceeds min(N, K) = {min(rows, columns)} of the weight "
-                f"{weight.name!r} of shape {rows} x {columns}: lower it, or let the pattern leave this weight out"
+                f"{weight.name!r} of shape {shape}: lower it, or let the pattern leave this weight out"
             )
         notes.append(f"rank capped from {rank} to {min(rows, columns)} = min(N, K)")
         rank = min(rows, columns)
-    nnz = int(density * rows * columns)
+    nnz = int(density * math.prod(weight.shape))
     if density > 0 and nnz == 0:
-        notes.append(f"density {density:g} of {rows} x {columns} is less than one entry: no sparse term")
+        notes.append(f"density {density:g} of {shape} is less than one entry: no sparse term")
     if rank == 0 and nnz == 0:
         raise RosaError(
-            f"the weight {weight.name!r} of shape {rows} x {columns} has rank 0 and density {density:g} "
+            f"the weight {weight.name!r} of shape {shape} has rank 0 and density {density:g} "
             "(no sparse entry): nothing to train there; exclude it, or raise its rank or density"
         )
-    if nnz > _INT32_MAX or max(rows, columns) > _INT32_MAX:
+    if nnz > _INT32_MAX or max(reading.matrix) > _INT32_MAX:
         raise RosaError(
-            f"the weight {weight.name!r} of shape {rows} x {columns} at density {density:g} has {nnz} sparse entries, "
+            f"the weight {weight.name!r} of shape {shape} at density {density:g} has {nnz} sparse entries, "
             f"more than {_INT32_MAX}: lower its density"
         )
     return Target(
         name=weight.name,
         owners=weight.owners,
-        shape=(rows, columns),
+        shape=weight.shape,
+        reading=reading,
         rank=rank,
         alpha=settings["alpha"],
         scale=spec.scale(rank, settings["alpha"]),
@@ -234,7 +243,7 @@ def _target(weight: Weight, spec: RosaSpec, patterns: list[str]) -> Target:
     )
 
 
-def _checked_shape(weight: Weight) -> tuple[int, int]:
+def _check_values(weight: Weight) -> None:
     parameter = weight.parameter
     assert parameter is not None
     if nn.parameter.is_lazy(parameter):
@@ -244,9 +253,8 @@ def _checked_shape(weight: Weight) -> tuple[int, int]:
             f"the weight {weight.name!r} is on the meta device and has no values: materialise the model first "
             "(model.to_empty(...) and load its weights, or load it without device_map/init_empty_weights)"
         )
-    rows, columns = weight.shape
-    if rows * columns == 0:
-        raise RosaError(f"the weight {weight.name!r} is empty ({rows} x {columns}): exclude it")
+    if math.prod(weight.shape) == 0:
+        raise RosaError(f"the weight {weight.name!r} is empty ({' x '.join(map(str, weight.shape))}): exclude it")
     if not isinstance(parameter.data, FakeTensor):
         values = weight.packed.tensors[1] if isinstance(weight.packed, PackedWeight) else parameter.detach()
         low, high = torch.aminmax(values)  # one pass, no temporary of the weight's size; NaN propagates
@@ -255,4 +263,3 @@ def _checked_shape(weight: Weight) -> tuple[int, int]:
                 f"the weight {weight.name!r} holds values that are not finite (min {low.item()}, max {high.item()}): "
                 "repair the checkpoint, or exclude it"
             )
-    return rows, columns

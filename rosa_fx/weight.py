@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from rosa_fx.kernels.terms.collect import CollectGradient, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
 from rosa_fx.mask import Mask
+from rosa_fx.reading import Reading
 
 PHASES = ("low_rank", "collect", "joint")
 
@@ -51,22 +53,28 @@ class FrozenBase(nn.Module):
 
 
 class LowRankParameters(nn.Module):
-    """A [R, K] and B [N, R]. `seed` makes the initial A again."""
+    """A [R, K] and B [N, R], or A [E, R, K] and B [E, N, R] for a stack of E matrices. `seed` makes the initial A again."""
 
-    def __init__(self, shape: tuple[int, int], rank: int, init: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, reading: Reading, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.init = init
         self.seed = int(torch.randint(2**62, ()).item())
-        self.A = nn.Parameter(torch.empty(rank, shape[1], dtype=dtype, device=device))
-        self.B = nn.Parameter(torch.empty(shape[0], rank, dtype=dtype, device=device))
+        stack = () if reading.stack == 1 else (reading.stack,)
+        self.A = nn.Parameter(torch.empty(*stack, rank, reading.columns, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.empty(*stack, reading.rows, rank, dtype=dtype, device=device))
         self.reset()
+
+    @property
+    def rank(self) -> int:
+        """R, of each matrix."""
+        return self.A.shape[-2]
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the initial state: A as drawn at the transform, B zero."""
         generator = torch.Generator().manual_seed(self.seed)
-        rank, columns = self.A.shape
-        start = torch.empty(rank, columns)
+        rank, columns = self.A.shape[-2:]
+        start = torch.empty(self.A.shape)
         if self.init == "kaiming":
             # Kaiming-uniform with a = sqrt(5), as LoRA does: bound = sqrt(6 / ((1 + a²) fan_in)) = 1 / sqrt(K).
             start.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
@@ -77,7 +85,7 @@ class LowRankParameters(nn.Module):
 
 
 class SparseParameters(nn.Module):
-    """`values` [nnz], frozen zeros until a mask is set, and the mask as int32 CSR buffers."""
+    """`values` [nnz], frozen zeros until a mask of `shape` (N, K) is set, and the mask as int32 CSR buffers."""
 
     row_offsets: Tensor
     cols: Tensor
@@ -102,7 +110,7 @@ class SparseParameters(nn.Module):
 
 
 class RosaWeight(nn.Module):
-    """Base + low-rank + sparse for one weight [N, K].
+    """Base + low-rank + sparse for one weight of `shape`, [N, K] or with more dimensions, see `reading`.
 
     `phase` says which terms are in the graph: "low_rank", "collect" (low-rank, and gradients are collected) or "joint".
     """
@@ -112,10 +120,11 @@ class RosaWeight(nn.Module):
     def __init__(
         self,
         base: FrozenBase,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         low_rank: LowRankParameters | None,
         sparse: SparseParameters | None,
         *,
+        reading: Reading,
         scale: float,
         dropout: float,
         strict: bool,
@@ -125,6 +134,8 @@ class RosaWeight(nn.Module):
         self.low_rank = low_rank
         self.sparse = sparse
         self.shape = shape
+        self.reading = reading
+        self.matrix = reading.matrix
         self.scale = scale
         self.dropout = dropout
         self.strict = strict
@@ -151,7 +162,7 @@ class RosaWeight(nn.Module):
         if self.low_rank is not None and self.dropout > 0 and self.training:
             # Dropout of input features in weight space: (x ∘ m) Aᵀ = x (A ∘ m)ᵀ with one mask for all rows of x.
             A = self.low_rank.A
-            delta[0] = A * nn.functional.dropout(A.new_ones(A.shape[1]), self.dropout)
+            delta[0] = A * nn.functional.dropout(A.new_ones((*A.shape[:-2], 1, A.shape[-1])), self.dropout)
         key = self.layout_key
         if self.phase == "collect" and torch.is_grad_enabled():
             # Eager mode hands over the dense gradient of all uses summed, one layer at a time anyway. In a compiled
@@ -162,7 +173,8 @@ class RosaWeight(nn.Module):
             elif self.probe is not None:
                 delta.append(self.probe)
                 key = self.collect_key
-        return ops.materialize(self.base.tensors(), delta, key)
+        dense = ops.materialize(self.base.tensors(), delta, key)
+        return dense if len(self.shape) == 2 else dense.view(self.shape)
 
     def terms(self) -> tuple[Term, ...]:
         """The terms of the current phase that contribute to the weight."""
@@ -174,7 +186,7 @@ class RosaWeight(nn.Module):
         return tuple(terms)
 
     def layout(self) -> Layout:
-        return Layout(self.shape, self.base.dtype, self.base.format, self.terms(), self.strict)
+        return Layout(self.matrix, self.base.dtype, self.base.format, self.terms(), self.strict, stack=self.reading.stack)
 
     def delta_tensors(self) -> list[Tensor]:
         """The tensors of `terms()`, in order, without dropout."""
@@ -194,7 +206,7 @@ class RosaWeight(nn.Module):
 
     @staticmethod
     def _with(layout: Layout, extra: Term) -> str:
-        return Layout(layout.shape, layout.dtype, layout.base, (*layout.terms, extra), layout.strict).key
+        return replace(layout, terms=(*layout.terms, extra)).key
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RosaWeight:
         super()._apply(fn, recurse)
@@ -223,7 +235,7 @@ class RosaWeight(nn.Module):
         if self.sparse is None:
             return
         device = self.sparse.values.device
-        self.probe = torch.zeros((), device=device).expand(self.shape).requires_grad_()
+        self.probe = torch.zeros((), device=device).expand(self.matrix).requires_grad_()
         self.probe.register_post_accumulate_grad_hook(hook)
         self.topk_probe = None
         if topk_hook is not None:
@@ -234,19 +246,19 @@ class RosaWeight(nn.Module):
 
     @torch.no_grad()
     def dense_base(self) -> Tensor:
-        """D(Q) [N, K] in the dtype of the weight."""
-        return self.base.format.dequantize(self.base.tensors(), self.shape, self.base.dtype)
+        """D(Q) in the shape and the dtype of the weight."""
+        return self.base.format.dequantize(self.base.tensors(), self.matrix, self.base.dtype).view(self.shape)
 
     @torch.no_grad()
     def dense_delta(self) -> Tensor:
-        """ΔW [N, K] in float32."""
-        out = torch.zeros(self.shape, dtype=torch.float32, device=self.base.tensors()[0].device)
+        """ΔW in the shape of the weight, float32."""
+        out = torch.zeros(self.matrix, dtype=torch.float32, device=self.base.tensors()[0].device)
         for item, tensors in self.layout().split(self.delta_tensors()):
             item.fold_(out, tensors)
-        return out
+        return out.view(self.shape)
 
     def extra_repr(self) -> str:
-        rank = 0 if self.low_rank is None else self.low_rank.A.shape[0]
+        rank = 0 if self.low_rank is None else self.low_rank.rank
         nnz = 0 if self.sparse is None else self.sparse.values.numel()
         return f"shape={list(self.shape)}, base={self.base.format.kind}, rank={rank}, nnz={nnz}, phase={self.phase}"
 

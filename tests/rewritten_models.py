@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def fill(model: nn.Module) -> None:
             nn.init.normal_(weight.low_rank.B, std=0.1)
         if weight.sparse is not None:
             nnz = weight.sparse.values.numel()
-            dense = torch.zeros(weight.shape[0] * weight.shape[1], dtype=torch.bool)
+            dense = torch.zeros(math.prod(weight.shape), dtype=torch.bool)
             dense[torch.randperm(dense.numel())[:nnz]] = True
             rosa_fx.set_masks(model, {name: dense.view(weight.shape)})
             nn.init.normal_(weight.sparse.values, std=0.1)

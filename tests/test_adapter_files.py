@@ -77,6 +77,7 @@ def test_files_say_what_they_hold(tmp_path: Path) -> None:
     assert RosaSpec.from_json(json.dumps(config["spec"])) == spec_of()
     assert config["weights"]["b.weight"] == {
         "shape": [K, N],
+        "matrices": [1, K, N],
         "rank": 4,
         "nnz": int(0.05 * N * K),
         "base": {"kind": "nf4", "blocksize": 64, "double_quant": False},

@@ -140,7 +140,9 @@ BIG = 2**31 - 1
         (_rename_weight("v"), "nothing for the weight 'w'"),
         (_config(lambda c: c["weights"]["w"].pop("rank")), "entry of 'w' must have the fields"),
         (_config(lambda c: c["weights"]["w"].update(nnz="3")), "'w': nnz has the bad value '3'"),
-        (_config(lambda c: c["weights"]["w"].update(shape=[1, 2, 3])), "shape must be"),
+        (_config(lambda c: c["weights"]["w"].update(shape=[3])), "shape must be"),
+        (_config(lambda c: c["weights"]["w"].update(shape=[1, 2, 3])), "are not what a parameter of shape"),
+        (_config(lambda c: c["weights"]["w"].update(matrices=[2, 3])), "matrices must be"),
         (_config(lambda c: c["weights"]["w"].update(rank=5)), "w: rank is 5 in the adapter .* and 4 in this model"),
         (_config(lambda c: c["weights"]["w"]["base"].update(kind="fp4")), "w: base is .*fp4"),
         (_config(lambda c: c["weights"]["w"].update(has_mask=False)), "mask that its configuration knows nothing of"),
@@ -203,4 +205,4 @@ def test_refusals_of_save(tmp_path: Path) -> None:
 
 def test_entry_fields_are_those_checked() -> None:
     names = {field.name for field in dataclasses.fields(adapter_format.WeightEntry)}
-    assert names == {"shape", "rank", "nnz", "base", "dtype", "has_mask", "fingerprint"}
+    assert names == {"shape", "matrices", "rank", "nnz", "base", "dtype", "has_mask", "fingerprint"}

@@ -71,10 +71,13 @@ def test_hand_written_model() -> None:
     assert names(HandWritten()) == ["qkv", "up", "down"]
     assert names(HandWritten(), targets=["gain", "head.weight"]) == ["gain", "head.weight"]
     assert names(HandWritten(), targets="positions") == ["positions"]
-    with pytest.raises(RosaError, match=r"'out' has 3 dimensions"):
-        names(HandWritten(), targets="out")
+    out = only(HandWritten(), targets="out", rank=2)
+    assert (out.shape, str(out.reading), out.note) == ((8, 2, 4), "8 matrices 2 x 4", "read as 8 matrices 2 x 4")
+    with pytest.raises(RosaError, match=r"'weight' has 4 dimensions and belongs to Conv2d"):
+        names(nn.Conv2d(4, 4, 3, bias=False), targets="weight")
     # A pattern may match things that are no targets, as long as something is.
-    assert "out" not in names(HandWritten(), targets="*")
+    mixed = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
+    assert names(mixed, targets="*") == ["1.weight"]
 
 
 def test_source_that_cannot_be_read() -> None:

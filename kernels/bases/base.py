@@ -116,6 +116,19 @@ class BaseFormat(ABC):
         """D(Q) for reading only: as `dequantize`, but the result may be a stored tensor itself. Never write into it."""
         return self.dequantize(tensors, shape, dtype)
 
+    def plain(self, tensors: Sequence[Tensor]) -> tuple[BaseFormat, tuple[Tensor, ...]]:
+        """The same D(Q) in a format whose `part`s cost nothing: what belongs to all rows is decoded here, once."""
+        return self, tuple(tensors)
+
+    @abstractmethod
+    def part(
+        self, tensors: Sequence[Tensor], shape: Sequence[int], start: int, stop: int
+    ) -> tuple[BaseFormat, tuple[Tensor, ...]]:
+        """Rows [start, stop) of a D(Q) of `shape` as a weight of their own: a format and its tensors, views where possible.
+
+        Takes and gives what `plain` gives.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": ..., **fields}`, of JSON values; `from_dict` takes it back."""
         return {"kind": self.kind, **dataclasses.asdict(self)}

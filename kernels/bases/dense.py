@@ -28,6 +28,11 @@ class DenseFormat(BaseFormat):
             return tensors[0]
         return self.dequantize(tensors, shape, dtype)
 
+    def part(
+        self, tensors: Sequence[Tensor], shape: Sequence[int], start: int, stop: int
+    ) -> tuple[BaseFormat, tuple[Tensor, ...]]:
+        return self, (tensors[0][start:stop],)
+
     def _quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.clone(memory_format=torch.contiguous_format),)
 

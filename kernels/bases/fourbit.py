@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.bases.base import BaseFormat, TensorLayout
+from rosa_fx.kernels.bases.dense import DenseFormat
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -73,6 +74,27 @@ class FourBitFormat(BaseFormat):
         if not self.double_quant:
             return packed, state.absmax
         return packed, state.absmax, state.state2.absmax, state.offset
+
+    def plain(self, tensors: Sequence[Tensor]) -> tuple[BaseFormat, tuple[Tensor, ...]]:
+        if not self.double_quant:
+            return self, tuple(tensors)
+        return replace(self, double_quant=False), (tensors[0], self.block_scales(tensors))
+
+    def part(
+        self, tensors: Sequence[Tensor], shape: Sequence[int], start: int, stop: int
+    ) -> tuple[BaseFormat, tuple[Tensor, ...]]:
+        packed, absmax = tensors
+        columns = shape[1]
+        first, last, blocksize = start * columns, stop * columns, self.blocksize
+        block, end = first // blocksize, -(last // -blocksize)
+        scales = absmax[block:end]
+        if first == block * blocksize:
+            return self, (packed[first // 2 : (last + 1) // 2], scales)
+        # The rows begin inside a block: decode from its beginning and leave out what is before them.
+        count = min(end * blocksize, shape[0] * columns) - block * blocksize
+        codes = packed[block * blocksize // 2 :][: (count + 1) // 2]
+        flat = self.dequantize((codes, scales), (1, count), torch.float32).view(-1)
+        return DenseFormat(), (flat[first - block * blocksize :][: last - first].view(stop - start, columns),)
 
     def block_scales(self, tensors: Sequence[Tensor]) -> Tensor:
         """The absmax of every block, float32 [ceil(NK / blocksize)], read only: decoded if it is double-quantised."""

@@ -28,6 +28,11 @@ class Int8Format(BaseFormat):
         rows, columns = shape
         return TensorLayout("CB", (rows, columns), torch.int8), TensorLayout("SCB", (rows,), torch.float32)
 
+    def part(
+        self, tensors: Sequence[Tensor], shape: Sequence[int], start: int, stop: int
+    ) -> tuple[BaseFormat, tuple[Tensor, ...]]:
+        return self, (tensors[0][start:stop], tensors[1][start:stop])
+
     def _quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
         from bitsandbytes import functional
 

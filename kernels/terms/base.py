@@ -59,6 +59,24 @@ class Term(ABC):
         if dense is not None:
             weight.copy_(weight.to(dtype) + dense)
 
+    def split(self, tensors: Sequence[Tensor], stack: int) -> list[Sequence[Tensor]]:
+        """The tensors of the term for each matrix of a stack, as views where possible."""
+        assert not self.contributes, f"term {self.kind!r} is not defined for stacks"
+        return [tensors] * stack
+
+    def grads_of_stack(
+        self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
+    ) -> list[Tensor]:
+        """As `grads` for a stack of matrices that lie in [N, K] one below the other.
+
+        A piece (e, dy, x) is a summand dyᵀ x of the gradient of matrix e. By default the dense gradient is formed.
+        """
+        rows, (_, first, _) = shape[0] // stack, pieces[0]
+        dW = first.new_zeros(shape, dtype=torch.promote_types(first.dtype, torch.float32))
+        for index, dy, x in pieces:
+            dW[index * rows : (index + 1) * rows].addmm_(dy.t().to(dW.dtype), x.to(dW.dtype))
+        return self.grads_from_dense(dW, tensors)
+
     def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
         """The tensors of the term for that part of the weight, as views (terms without `folds`)."""
         raise AssertionError(f"term {self.kind!r} folds into the weight and is cut with it")

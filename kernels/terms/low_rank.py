@@ -16,6 +16,7 @@ from rosa_fx.kernels.terms.base import Region, Shape, Term
 class LowRank(Term):
     """s·B A with A [R, K] and B [N, R]; `scale` is s = alpha / R, or alpha / sqrt(R) if rank-stabilised.
 
+    A stack of E matrices [N, K] has A [E, R, K] and B [E, N, R]: one low-rank term per matrix.
     The scale is folded into B before B is rounded to the dtype of the product: one rounding, not two.
     """
 
@@ -28,7 +29,7 @@ class LowRank(Term):
 
     def dense(self, tensors: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
         A, B = tensors
-        return (B.to(dtype) * self.scale) @ A.to(dtype)
+        return ((B.to(dtype) * self.scale) @ A.to(dtype)).view(shape)
 
     def _scaled(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         """s·matrix, rounded to `dtype` once: a product in the matrix's own low precision would round before that."""
@@ -38,9 +39,26 @@ class LowRank(Term):
     def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
         A, B = tensors
         if weight.dtype in (torch.float32, torch.float64):
-            weight.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=self.scale)
+            A, B = A.to(weight.dtype), B.to(weight.dtype)
+            if A.dim() == 3:
+                weight.view(A.shape[0], -1, A.shape[2]).baddbmm_(B, A, alpha=self.scale)
+            else:
+                weight.addmm_(B, A, alpha=self.scale)
         else:
             super().fold_(weight, tensors)
+
+    def split(self, tensors: Sequence[Tensor], stack: int) -> list[Sequence[Tensor]]:
+        A, B = tensors
+        return [(A[index], B[index]) for index in range(stack)]
+
+    def grads_of_stack(
+        self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
+    ) -> list[Tensor]:
+        grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        for index, dy, x in pieces:
+            for whole, part in zip(grads, self.grads(dy, x, [tensor[index] for tensor in tensors])):
+                whole[index] += part
+        return grads
 
     def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
         A, B = tensors
@@ -59,6 +77,7 @@ class LowRank(Term):
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         A, B = tensors
-        dA = self._scaled(B, dW.dtype).t() @ dW
-        dB = dW @ A.to(dW.dtype).t()
+        dW = dW.reshape(*A.shape[:-2], -1, A.shape[-1])
+        dA = self._scaled(B, dW.dtype).mT @ dW
+        dB = dW @ A.to(dW.dtype).mT
         return [dA.to(A.dtype), self._scaled(dB, B.dtype)]

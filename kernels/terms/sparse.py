@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,30 @@ class Sparse(Term):
 
     def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
         scatter_add_(weight, *tensors)
+
+    def split(self, tensors: Sequence[Tensor], stack: int) -> list[Sequence[Tensor]]:
+        values, row_offsets, cols = tensors
+        return [
+            (values[start:stop], row_offsets[row : row_stop + 1] - start, cols[start:stop])
+            for row, row_stop, start, stop in self._bounds(row_offsets, stack)
+        ]
+
+    @staticmethod
+    def _bounds(row_offsets: Tensor, stack: int) -> list[tuple[int, int, int, int]]:
+        """Rows [start, stop) and entries [start, stop) of each matrix of a stack. Waits for the device."""
+        rows = (row_offsets.numel() - 1) // stack
+        bounds = row_offsets[::rows].tolist()
+        return [(i * rows, (i + 1) * rows, start, stop) for i, (start, stop) in enumerate(pairwise(bounds))]
+
+    def grads_of_stack(
+        self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
+    ) -> list[Tensor]:
+        parts, bounds = self.split(tensors, stack), self._bounds(tensors[1], stack)
+        out = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
+        for index, dy, x in pieces:
+            _, _, start, stop = bounds[index]
+            out[start:stop] += self.grads(dy, x, parts[index])[0]
+        return [out]
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         values, row_offsets, cols = tensors
