@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
     from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
     from rosa_fx.errors import RosaError
+    from rosa_fx.huggingface import RosaCallback
     from rosa_fx.mask import Mask
     from rosa_fx.merging import merge
     from rosa_fx.regions import compile_blocks
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rosa_fx.schedule import MaskSchedule
     from rosa_fx.spec import RosaSpec
     from rosa_fx.training import TrainConfig, TrainResult, train
+    from rosa_fx.training.optim import optimizer_for
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,7 @@ __all__ = [
     "Mask",
     "MaskSchedule",
     "RewriteReport",
+    "RosaCallback",
     "RosaError",
     "RosaSpec",
     "TargetReport",
@@ -39,6 +42,7 @@ __all__ = [
     "load_adapter_state",
     "masks",
     "merge",
+    "optimizer_for",
     "save_adapter",
     "set_masks",
     "train",
@@ -51,6 +55,7 @@ _HOME = {
     "rosa_fx.adapters": ("adapter_state", "load_adapter_state", "masks", "set_masks"),
     "rosa_fx.attach": ("adapter", "base_weight", "delta", "trainable_parameters", "transform"),
     "rosa_fx.errors": ("RosaError",),
+    "rosa_fx.huggingface": ("RosaCallback",),
     "rosa_fx.mask": ("Mask",),
     "rosa_fx.merging": ("merge",),
     "rosa_fx.regions": ("compile_blocks",),
@@ -58,6 +63,7 @@ _HOME = {
     "rosa_fx.schedule": ("MaskSchedule",),
     "rosa_fx.spec": ("RosaSpec",),
     "rosa_fx.training": ("TrainConfig", "TrainResult", "train"),
+    "rosa_fx.training.optim": ("optimizer_for",),
 }
 
 

@@ -175,6 +175,10 @@ class MaskSchedule:
             return "collect"
         return "sparse" if self._only_sparse else "joint"
 
+    def drives(self, model: nn.Module) -> bool:
+        """Whether this schedule was made for `model` (wrapped or not)."""
+        return self._weights is state_of(model).weights
+
     def begin_step(self) -> None:
         """Before the first forward of an optimizer step."""
         if self._start is not None and self.step <= self._start:

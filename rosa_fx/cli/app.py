@@ -86,6 +86,13 @@ class Scope(StrEnum):
     model = "model"
 
 
+class Optimizer(StrEnum):
+    """What updates the adapters."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="A model directory, a .gguf file, a Hugging Face hub name, or smollm2-135m."),
@@ -186,6 +193,9 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Start again once the masks exist, as in the paper.")] = False,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of the low-rank adapter.")] = 7e-4,
     lr_sparse: Annotated[float, typer.Option("--lr-sparse", help="Learning rate of the sparse adapter.")] = 2e-4,
+    optimizer: Annotated[
+        Optimizer, typer.Option("--optimizer", help="adamw8bit: bitsandbytes', with its state in 8 bits.")
+    ] = Optimizer.adamw,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps over which the learning rate rises.")] = 20,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 1,
     max_steps: Annotated[

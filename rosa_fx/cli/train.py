@@ -36,6 +36,7 @@ def run_train(
     restart: bool,
     lr: float,
     lr_sparse: float,
+    optimizer: str,
     warmup: int,
     epochs: int,
     max_steps: int | None,
@@ -73,6 +74,7 @@ def run_train(
         gradient_accumulation=accumulate,
         lr=lr,
         lr_sparse=lr_sparse,
+        optimizer=optimizer,  # type: ignore[arg-type]
         warmup_steps=warmup,
         eval_every=eval_every,
         checkpoint_every=save_every,

@@ -10,7 +10,7 @@ import torch
 from rosa_fx.errors import RosaError
 
 # A resumed run that changes one of these is another run: its data order or its phases no longer match what was trained.
-IDENTITY = ("seed", "restart")
+IDENTITY = ("seed", "restart", "optimizer")
 # These may change between two parts of a run without changing what is computed.
 FREE = (
     "progress",
@@ -34,7 +34,8 @@ class TrainConfig:
             and the batches are passed over as often as it takes. Needed where the number of batches is unknown.
         stop_at_step: write a checkpoint after this optimizer step and return; the learning-rate schedule still
             spans the whole run, so that `resume=True` continues exactly. None: run to the end.
-    Optimizer (AdamW)
+    Optimizer
+        optimizer: "adamw", or "adamw8bit" (bitsandbytes', where it supports the device): its state in 8 bits.
         gradient_accumulation: micro-batches per optimizer step.
         lr, lr_sparse: peak rates of the low-rank factors and of the sparse values.
         weight_decay, betas: AdamW's.
@@ -60,6 +61,7 @@ class TrainConfig:
     max_steps: int | None = None
     stop_at_step: int | None = None
     gradient_accumulation: int = 1
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 7e-4
     lr_sparse: float = 2e-4
     weight_decay: float = 0.0
@@ -94,6 +96,7 @@ class TrainConfig:
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         self._require("betas", pair and all(_is_real(b) and b < 1 for b in self.betas), "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        self._require("optimizer", self.optimizer in ("adamw", "adamw8bit"), '"adamw" or "adamw8bit"')
         self._require("schedule", self.schedule in ("linear", "constant"), '"linear" or "constant"')
         self._require("bf16", isinstance(self.bf16, bool) or self.bf16 == "auto", 'True, False or "auto"')
         self._require("dynamic", self.dynamic is None or isinstance(self.dynamic, bool), "True, False or None")
@@ -110,7 +113,7 @@ class TrainConfig:
 
     def differences(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields whose value here is not the stored one: {name: (stored, here)}; those in FREE are left out."""
-        here = self.to_dict()
+        here, stored = self.to_dict(), {"optimizer": "adamw", **stored}  # the one that there was before the field
         names = [f.name for f in fields(self) if f.name not in FREE]
         return {name: (stored.get(name), here[name]) for name in names if stored.get(name) != here[name]}
 

@@ -61,8 +61,9 @@ class Engine:
         self.compiled = already or config.compile
         self._weight_fn = weight_fn or target_counter(self._model)
         # Reading a number from a GPU waits for it, so there the host looks at several steps together. Until then `_bad`
-        # holds: from the first bad step on no update happens, so that the weights are those of the last good one.
-        self.looks_late = device.type == "cuda"
+        # holds: from the first bad step on no update happens, so that the weights are those of the last good one. Only
+        # torch's own optimizer can leave a step out on the device.
+        self.looks_late = device.type == "cuda" and config.optimizer == "adamw"
         self._bad = torch.zeros((), device=device)
 
     def describe(self, batch: Any) -> MicroBatch:

@@ -1,11 +1,13 @@
 """Optimizer, learning-rate schedule, gradient norm, and the optimizer's state as tensors and JSON."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.attach import trainable_parameters
 from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of
 from rosa_fx.training.config import TrainConfig
@@ -23,17 +25,80 @@ def learning_rate_factor(position: int, total: int, warmup: int, schedule: str) 
     return max(0.0, (total - position) / max(1, total - warmup))
 
 
-def make_optimizer(groups: Sequence[dict[str, Any]], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `rosa_fx.trainable_parameters`' groups.
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def optimizer_for(
+    model: nn.Module,
+    lr: float = 7e-4,
+    lr_sparse: float = 2e-4,
+    *,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """An optimizer over all adapter parameters of a transformed model, sparse values included, with two learning rates.
+
+    For `transformers.Trainer`: `optimizers=(rosa_fx.optimizer_for(model), None)`. The defaults are the paper's.
+
+    Args:
+        model: transformed, on the device where it trains.
+        lr, lr_sparse: of the groups `low_rank` and `sparse`.
+        optimizer: "adamw" (torch's) or "adamw8bit" (bitsandbytes', state in 8 bits for parameters of 4,096 entries or more).
+
+    Raises:
+        RosaError: the model is not transformed or has nothing to train; an unknown optimizer; bitsandbytes does not
+            support the model's device.
+    """
+    groups = trainable_parameters(model, lr=lr, lr_sparse=lr_sparse)
+    if not groups:
+        raise RosaError("the spec has rank 0 and density 0 for every weight: nothing trains; set either above 0")
+    first: list[nn.Parameter] = groups[0]["params"]  # type: ignore[assignment]
+    return make_optimizer(groups, optimizer, first[0].device, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def make_optimizer(
+    groups: Sequence[dict[str, Any]],
+    optimizer: str,
+    device: torch.device,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """The optimizer of that name over `rosa_fx.trainable_parameters`' groups.
 
     Sparse values without a mask have no gradient; AdamW then neither decays them nor gives them state, so that
     their bias correction starts with their own first step.
     """
-    fused = device.type in (
-        "cpu",
-        "cuda",
-    )  # on CUDA also what skips bad steps (found_inf)
-    return torch.optim.AdamW(list(groups), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+    if optimizer not in OPTIMIZERS:
+        raise RosaError(f"optimizer is {optimizer!r}: use {' or '.join(map(repr, OPTIMIZERS))}")
+    if optimizer == "adamw8bit":
+        _require_8bit(device)
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(list(groups), lr=lr, betas=betas, weight_decay=weight_decay)
+    fused = device.type in ("cpu", "cuda")  # on CUDA also what skips bad steps (found_inf)
+    return torch.optim.AdamW(list(groups), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
+@functools.cache
+def _require_8bit(device: torch.device) -> None:
+    """RosaError unless bitsandbytes' 8-bit AdamW works on `device`: one step of one small parameter is tried."""
+    from bitsandbytes.optim import AdamW8bit
+
+    try:
+        tried = nn.Parameter(torch.zeros(4096, device=device))
+        tried.grad = torch.ones_like(tried)
+        AdamW8bit([tried], lr=0.1).step()
+        works = bool((tried < 0).all())
+        reason = "its step did nothing"
+    except Exception as error:  # whatever a missing kernel raises: every backend has its own
+        works, reason = False, f"{type(error).__name__}: {error}"
+    if not works:
+        raise RosaError(
+            f"optimizer 'adamw8bit' does not work on {device.type!r} with this bitsandbytes ({reason}): use optimizer 'adamw'"
+        )
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, factor: float) -> dict[str, float]:

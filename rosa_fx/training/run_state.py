@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_fx.attach import trainable_parameters
 from rosa_fx.errors import RosaError
 from rosa_fx.schedule import MaskSchedule
 from rosa_fx.state import state_of, unwrap
 from rosa_fx.training import rng
 from rosa_fx.training.batches import BatchSource
 from rosa_fx.training.config import TrainConfig
-from rosa_fx.training.optim import make_optimizer
+from rosa_fx.training.optim import optimizer_for
 from rosa_fx.training.progress import Reporter
 
 
@@ -59,11 +58,16 @@ class RunState:
             raise RosaError(f"the model's parameters are on {found}: move the whole model to one device")
         return devices.pop()
 
-    def fresh_optimizer(self) -> torch.optim.AdamW:
-        groups = trainable_parameters(self.model, lr=self.config.lr, lr_sparse=self.config.lr_sparse)
-        if not groups:
-            raise RosaError("the spec has rank 0 and density 0 for every weight: nothing trains; set either above 0")
-        return make_optimizer(groups, self.config, self.device)
+    def fresh_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return optimizer_for(
+            self.model,
+            config.lr,
+            config.lr_sparse,
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+        )
 
     def message(self, text: str) -> None:
         self.reporter.event("message", text)
