@@ -2,7 +2,7 @@
 
 The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and
 the backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients,
-account for what is left. What is left stays right: the dense weight is computed for it, and the report says why.
+account for what is left, share what layers with one input have in common. What is left stays right: the dense weight is computed for it, and the report says why.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
 from rosa_fx.passes.report import GraphReport, source_line, weight_name
+from rosa_fx.passes.shared_input import share_inputs
 from rosa_fx.passes.views import SAME_ELEMENTS, is_view, value
 
 aten = torch.ops.aten
@@ -65,8 +66,18 @@ def rewrite(graph: Graph, *, strict: bool = True) -> GraphReport:
             use.dense += [_reason(consumer) for consumer in _consumers(node)]
     if strict:
         _check_strict(report)
+    _share(graph, report, {delta: name for (delta, _), name in by_delta.items()})
     graph.lint()
     return report
+
+
+def _share(graph: Graph, report: GraphReport, names: dict[Any, str]) -> None:
+    shared = share_inputs(graph)
+    report.shared = {"stacked": shared.stacked, "reused": shared.reused, "gradients": shared.gradients}
+    for delta in shared.deltas:
+        if delta in names:
+            report.uses[names[delta]].shared += 1
+    graph.eliminate_dead_code()
 
 
 def _identity(node: Node) -> tuple[Any, Any]:

@@ -10,21 +10,30 @@ from torch.fx import Node
 
 @dataclass
 class Use:
-    """One weight in one graph: how many products and gradients were fused, and why others were not."""
+    """One weight in one graph: how many products and gradients were fused, and why others were not.
+
+    `shared` of the products take a thin product of the low-rank part that is computed once for several users.
+    """
 
     name: str
     layout: str
     products: int = 0
     gradients: int = 0
+    shared: int = 0
     dense: list[str] = field(default_factory=list)
 
 
 @dataclass
 class GraphReport:
-    """`uses` by weight name; counters of each rewrite over the whole graph."""
+    """`uses` by weight name; counters of each rewrite over the whole graph.
+
+    `shared`: products with the stacked matrices of several layers, thin products with several users, and gradients that are
+    parts of one product.
+    """
 
     uses: dict[str, Use] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"linear": 0, "linear_t": 0, "linear_grads": 0, "dense": 0})
+    shared: dict[str, int] = field(default_factory=lambda: {"stacked": 0, "reused": 0, "gradients": 0})
 
     def use(self, name: str, layout: str) -> Use:
         return self.uses.setdefault(name, Use(name, layout))

@@ -8,9 +8,10 @@ from rosa_fx.errors import RosaError
 from rosa_fx.kernels.terms.base import Term
 from rosa_fx.kernels.terms.collect import CollectGradient, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
+from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
 
-TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, Sparse, CollectGradient, CollectTopK)}
+TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, LowRankGiven, Sparse, CollectGradient, CollectTopK)}
 
 
 def term(kind: str, **fields: Any) -> Term:
