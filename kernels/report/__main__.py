@@ -1,0 +1,189 @@
+"""`python -m rosa_fx.kernels.report`: what compilers make of the GPU kernels, on a machine that needs no GPU.
+
+Without options every kernel is compiled in every config that the heuristics can choose, for every architecture: minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DOCUMENT = Path("docs/gpu_kernels.md")
+QUICK = ("forward nf4, M = 2048", "grad input nf4, M = 2048", "forward nf4, M = 16")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rosa_fx.kernels.report", description=__doc__)
+    parser.add_argument("--arch", nargs="+", metavar="ARCH", help="sm_75, sm_80, sm_90, sm_100, gfx942 (all of them)")
+    parser.add_argument("--kernel", nargs="+", metavar="TEXT", help="only kernels whose name contains one of these texts")
+    parser.add_argument("--quick", action="store_true", help="NF4 in the default configs, for sm_80 and sm_90 if none is named")
+    parser.add_argument("--default", action="store_true", help="only the config that is taken without timing")
+    parser.add_argument("--check", action="store_true", help="list every limit that is missed, and exit with 1 if any is")
+    parser.add_argument("--roofline", action="store_true", help="print the roofline table of Llama's linear weights instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--write", action="store_true", help=f"write both tables to {DOCUMENT}, in the current directory")
+    parser.add_argument("--list", action="store_true", help="print the names of the kernels and stop")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes to compile with (one per CPU)")
+    return parser
+
+
+def _job(item: tuple[str, str, bool]) -> list[Any]:
+    """Rows of one kernel on one architecture."""
+    import torch
+
+    from rosa_fx.kernels.report.architectures import ARCHITECTURES
+    from rosa_fx.kernels.report.kernels import KERNELS
+    from rosa_fx.kernels.report.measure import measure
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    name, arch, only_default = item
+    (kernel,) = [kernel for kernel in KERNELS if kernel.name == name]
+    return list(measure(kernel, ARCHITECTURES[arch], only_default))
+
+
+def collect(kernels: Sequence[str], archs: Sequence[str], only_default: bool, jobs: int) -> list[Any]:
+    """Rows of every kernel on every architecture, in that order."""
+    items = [(kernel, arch, only_default) for arch in archs for kernel in kernels]
+    if jobs <= 1 or len(items) == 1:
+        found = map(_job, items)
+        return [row for rows in found for row in rows]
+    # A fresh process per worker: compilers keep threads, which a fork would lose.
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(items))) as pool:
+        return [row for rows in pool.imap(_job, items) for row in rows]
+
+
+def _pressures(rows: Sequence[Any]) -> dict[str, float]:
+    from rosa_fx.kernels.report.roofline import DEVICES
+
+    found = {}
+    for device, arch in DEVICES.items():
+        (row,) = [row for row in rows if row.arch == arch and row.kernel == QUICK[0] and row.default]
+        if row.error:
+            raise SystemExit(f"{row.kernel} does not compile for {arch}: {row.error}")
+        found[device] = max(row.issue_pressure or 0, row.pipe_pressure or 0)
+    return found
+
+
+def _roofline(rows: Sequence[Any], jobs: int) -> tuple[str, list[Sequence[str]]]:
+    """The head line, and the table."""
+    from rosa_fx.kernels.report import roofline
+
+    wanted = set(roofline.DEVICES.values()) - {row.arch for row in rows if row.kernel == QUICK[0] and row.default}
+    rows = [*rows, *collect(QUICK[:1], sorted(wanted), True, jobs)] if wanted else rows
+    pressures = _pressures(rows)
+    shown = ", ".join(f"{device} {pressure:.2f}" for device, pressure in pressures.items())
+    head = f"Roofline of NF4 + rank {roofline.RANK} + {roofline.DENSITY:.1%} sparse in bf16: {roofline.PREDICTION}. "
+    return head + f"Pressure of the compiled kernel: {shown}.", list(roofline.table(pressures))
+
+
+def _document(rows: Sequence[Any], roofline: tuple[str, list[Sequence[str]]], misses: Sequence[str]) -> str:
+    from rosa_fx.kernels.report import roofline as model
+    from rosa_fx.kernels.report.kernels import RANK, SIDE
+    from rosa_fx.kernels.report.tables import LEGEND, grid, markdown
+    from rosa_fx.kernels.report.tools import versions
+
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    compiled = sum(not row.error for row in rows)
+    verdict = "\n".join(f"- {text}" for text in misses) or "None."
+    explained = (model.__doc__ or "").split("\n\n", 1)[1].strip()
+    return f"""# GPU kernels, as compiled
+
+Generated by `python -m rosa_fx.kernels.report --write` with {found}. No GPU took part: {compiled} of {len(rows)} kernels and
+configs compiled offline, read from the machine code. Nothing on this page is a time that was measured.
+
+Weights are {SIDE}×{SIDE}, adapters of rank {RANK} in float32, with ReLU and a residual as epilogue inside the kernel.
+
+## What `--check` finds missed
+
+{verdict}
+
+## Compiled kernels
+
+{LEGEND}
+
+{markdown(rows)}
+
+## Roofline
+
+**{roofline[0]}**
+
+{explained}
+
+{grid(model.HEAD, roofline[1])}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 if `--check` finds a limit missed."""
+    options = _parser().parse_args(arguments)
+    from rich.console import Console
+    from rich.table import Table
+
+    from rosa_fx.errors import RosaError
+    from rosa_fx.kernels.report.architectures import ARCHITECTURES
+    from rosa_fx.kernels.report.bars import missed
+    from rosa_fx.kernels.report.kernels import KERNELS
+    from rosa_fx.kernels.report.tables import show
+    from rosa_fx.kernels.report.tools import tool
+
+    console = Console(soft_wrap=True)
+    names = [kernel.name for kernel in KERNELS]
+    if options.list:
+        print("\n".join(names))
+        return 0
+    archs = options.arch or (["sm_80", "sm_90"] if options.quick else list(ARCHITECTURES))
+    if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
+        raise RosaError(f"--arch {', '.join(unknown)} is unknown; use {', '.join(ARCHITECTURES)}")
+    if any(arch.startswith("sm_") for arch in archs):
+        for name in ("ptxas", "nvdisasm", "cuobjdump"):
+            tool(name)
+    if options.roofline and not options.write:
+        from rosa_fx.kernels.report.roofline import HEAD
+
+        head, lines = _roofline([], options.jobs)
+        table = Table(title=head, title_justify="left")
+        for name in HEAD:
+            table.add_column(name)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+        return 0
+    chosen = [name for name in names if not options.kernel or any(text in name for text in options.kernel)]
+    if options.quick and not options.kernel:
+        chosen = [name for name in names if name in QUICK]
+    if not chosen:
+        raise RosaError(f"--kernel {' '.join(options.kernel)} matches no kernel; --list prints their names")
+    rows = collect(chosen, archs, options.quick or options.default, options.jobs)
+    misses = missed(rows, frozenset(kernel.name for kernel in KERNELS if kernel.pressure_bar))
+    show(console, rows)
+    if options.json:
+        derived = ("resident", "warpgroups", "in_flight", "latency_cover")
+        data = [dataclasses.asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
+        options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if options.write:
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(_document(rows, _roofline(rows, options.jobs), misses), encoding="utf-8")
+        console.print(f"wrote {DOCUMENT}")
+    if options.check:
+        for text in misses:
+            console.print(f"missed: {text}", markup=False)
+        console.print(f"{len(misses)} limits missed in {len(rows)} configs")
+    return 1 if options.check and misses else 0
+
+
+if __name__ == "__main__":
+    from rosa_fx.errors import RosaError
+
+    try:
+        sys.exit(main())
+    except RosaError as error:
+        sys.exit(f"error: {error}")

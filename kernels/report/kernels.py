@@ -1,0 +1,158 @@
+"""The kernels that the report compiles. A new kernel is one more entry in `KERNELS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rosa_fx.kernels import heuristics, ops
+from rosa_fx.kernels.bases.base import base_format
+from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.report.architectures import Architecture
+from rosa_fx.kernels.terms.registry import term
+
+# Rows of the shapes compiled: one token and the largest decode batch; a training batch. Weights are [SIDE, SIDE].
+DECODE = (1, 16)
+TRAINING = (2048,)
+SIDE = 4096
+RANK = 16
+DENSITY = 0.006
+
+Graph = tuple[Callable[..., Any], Callable[[], list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A graph whose one template kernel is measured.
+
+    `graph(architecture)` gives a function and what makes its arguments on "cuda"; `lowering` is entered while it is lowered.
+    product: its name in Inductor's choices begins so. packed: pointers of stored weights, of `bits` each. traffic: bytes per
+    weight that must move, without and with the adapters. matches_dense: compare with Inductor's own product. pressure_bar:
+    whether the bars on issue pressure hold for it. rows: M of the example.
+    """
+
+    name: str
+    phase: str
+    graph: Callable[[Architecture], Graph]
+    product: str
+    lowering: Callable[[], AbstractContextManager[Any]]
+    packed: tuple[str, ...] = ()
+    bits: int = 16
+    traffic: Callable[[torch.dtype], tuple[float, float]] | None = None
+    matches_dense: bool = False
+    pressure_bar: bool = False
+    rows: int = 0
+
+
+_BITS = {"nf4": 4, "fp4": 4, "int8": 8, "dense": 16}
+
+
+def operand_dtype(architecture: Architecture) -> torch.dtype:
+    return torch.bfloat16 if architecture.bfloat16 else torch.float16
+
+
+def _product(kind: str, rows: int, transposed: bool, sparse: bool, dtype: torch.dtype, **fields: Any) -> Graph:
+    """relu(y) + residual, so that an epilogue is part of the kernel, with adapters in float32 as they are by default."""
+    form = base_format(kind, **fields)
+    terms = [term("low_rank", scale=1.3)] + ([term("sparse")] if sparse else [])
+    layout = Layout((SIDE, SIDE), dtype, form, tuple(terms))
+    key = layout.key
+    nnz = int(DENSITY * SIDE * SIDE)
+    op = ops.linear_t if transposed else ops.linear
+
+    def make() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="cuda")
+
+        base = [empty(*part.shape, dtype=part.dtype) for part in form.layout(layout.shape, dtype)]
+        delta = [empty(RANK, SIDE), empty(SIDE, RANK)]
+        if sparse:
+            delta += [empty(nnz), empty(SIDE + 1, dtype=torch.int32), empty(nnz, dtype=torch.int32)]
+        return empty(rows, SIDE, dtype=dtype), empty(rows, SIDE, dtype=dtype), base, delta
+
+    def run(x: Tensor, residual: Tensor, base: list[Tensor], delta: list[Tensor]) -> Tensor:
+        return torch.relu(op(x, None, base, delta, key)) + residual
+
+    with torch.device("meta"), torch._subclasses.fake_tensor.FakeTensorMode():
+        spec = pytree.tree_structure(make())
+    return (lambda *flat: run(*pytree.tree_unflatten(list(flat), spec))), (lambda: pytree.tree_leaves(make()))
+
+
+def _way(fused: bool) -> Callable[[], AbstractContextManager[Any]]:
+    """The lowering that decodes in the loop, or that writes a scratch buffer, whatever the heuristics think of the size."""
+    return lambda: mock.patch.object(heuristics, "fuse", return_value=fused)
+
+
+def _traffic(kind: str, rows: int, sparse: bool, **fields: Any) -> Callable[[torch.dtype], tuple[float, float]]:
+    def count(dtype: torch.dtype) -> tuple[float, float]:
+        weights = SIDE * SIDE
+        activations = 2 * rows * SIDE * dtype.itemsize
+        base = base_format(kind, **fields).nbytes((SIDE, SIDE), dtype) + activations
+        entries = int(DENSITY * weights) * 8 + (SIDE + 1) * 4 if sparse else 0
+        return base / weights, (base + 2 * RANK * SIDE * 4 + entries) / weights
+
+    return count
+
+
+def _linear(label: str, kind: str, rows: int, transposed: bool, sparse: bool, **fields: Any) -> Kernel:
+    phase = "decode" if rows <= heuristics.DECODE_ROWS else "training"
+    direction = "grad input" if transposed else "forward"
+    return Kernel(
+        f"{direction} {label}, M = {rows}",
+        phase,
+        lambda architecture: _product(kind, rows, transposed, sparse, operand_dtype(architecture), **fields),
+        "rosa_linear_t" if transposed else "rosa_linear",
+        _way(True),
+        packed=("W",) if kind == "dense" else ("Q",),
+        bits=_BITS[kind],
+        traffic=_traffic(kind, rows, sparse, **fields) if phase == "decode" else None,
+        matches_dense=kind == "dense" and phase == "training",
+        pressure_bar=kind == "nf4" and phase == "training",
+        rows=rows,
+    )
+
+
+def _scratch(label: str, kind: str, transposed: bool, **fields: Any) -> Kernel:
+    direction = "grad input" if transposed else "forward"
+    return Kernel(
+        f"scratch for {direction} {label}",
+        "training",
+        lambda architecture: _product(kind, TRAINING[0], transposed, True, operand_dtype(architecture), **fields),
+        "rosa_scratch",
+        _way(False),
+        packed=("Q",),
+        bits=_BITS[kind],
+        rows=TRAINING[0],
+    )
+
+
+_FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("nf4", "nf4", {}),
+    ("nf4 double quant", "nf4", {"double_quant": True}),
+    ("fp4", "fp4", {}),
+    ("int8", "int8", {}),
+    ("dense", "dense", {}),
+)
+
+
+def _all() -> tuple[Kernel, ...]:
+    found: list[Kernel] = []
+    for label, kind, fields in _FORMATS:
+        for rows in (*TRAINING, *DECODE):
+            # Beside a sparse part, the fused kernels exist for few rows and forward only.
+            sparse = rows <= heuristics.DECODE_ROWS
+            found.append(_linear(label, kind, rows, False, sparse, **fields))
+            found.append(_linear(label, kind, rows, True, False, **fields))
+    for label, kind, fields in _FORMATS[:4]:
+        found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]
+    return tuple(found)
+
+
+KERNELS: Sequence[Kernel] = _all()

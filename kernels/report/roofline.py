@@ -1,0 +1,102 @@
+"""Which way of multiplying by a rewritten weight should win, from bytes and FLOPs: a prediction, not a measurement.
+
+For y = x (D(Q) + S)ᵀ + s (x Aᵀ) Bᵀ with x [M, K] in bf16, NF4 with blocks of 64, rank 16, 0.6 % sparse. P: peak rate of
+the tensor cores, W: memory bandwidth. A library's product reaches 95 % of P.
+
+    floor       the larger of FLOPs / P and bytes / W, each operand moved once
+    fused       the larger of FLOPs / (0.95 P) × max(1, pressure) and bytes / W: the loop also has to issue what decodes
+    materialise bytes of packed weight, scratch buffer written / W, then a library's product that reads the scratch buffer
+
+`pressure` is that of the compiled default kernel: the larger of issue and pipe pressure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rosa_fx.kernels.report.architectures import ARCHITECTURES
+
+PREDICTION = "prediction, not a measurement"
+ROWS = (1, 16, 256, 2048, 8192)
+DEVICES = {"A100": "sm_80", "H100": "sm_90"}
+LIBRARY = 0.95
+RANK = 16
+DENSITY = 0.006
+
+# Linear weights [N, K] per decoder layer, Touvron et al. 2023 (arXiv 2302.13971, 2307.09288); 70B has 8 key-value heads.
+SHAPES = {
+    "7B": {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)},
+    "70B": {"q, o": (8192, 8192), "k, v": (1024, 8192), "gate, up": (28672, 8192), "down": (8192, 28672)},
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One product. Bytes, FLOPs; times in seconds; `wins` is "fused" or "materialise"."""
+
+    moved: float
+    flops: float
+    floor: float
+    fused: float
+    materialise: float
+    wins: str
+    why: str
+
+
+def predict(n: int, k: int, m: int, device: str, pressure: float) -> Prediction:
+    """The forward product of M rows with a weight [N, K] on "A100" or "H100"."""
+    architecture = ARCHITECTURES[DEVICES[device]]
+    weights = n * k
+    packed = weights * (0.5 + 4 / 64)
+    adapters = RANK * (n + k) * 4 + DENSITY * weights * 8 + (n + 1) * 4
+    activations = 2 * m * (n + k)
+    flops = 2.0 * m * weights + 2.0 * m * RANK * (n + k) + 2.0 * m * DENSITY * weights
+    moved = packed + adapters + activations
+    memory, compute = moved / architecture.bandwidth, flops / architecture.flops
+    fused = max(memory, compute / LIBRARY * max(1.0, pressure))
+    dense = 2.0 * weights
+    decode = (packed + adapters + dense) / architecture.bandwidth
+    multiply = max((dense + activations) / architecture.bandwidth, compute / LIBRARY)
+    materialise = decode + multiply
+    return Prediction(
+        moved,
+        flops,
+        max(memory, compute),
+        fused,
+        materialise,
+        "fused" if fused <= materialise else "materialise",
+        _why(memory, compute, pressure, decode, fused <= materialise),
+    )
+
+
+def _why(memory: float, compute: float, pressure: float, decode: float, fused: bool) -> str:
+    if memory > compute / LIBRARY * max(1.0, pressure):
+        return "bound by bytes; a scratch buffer moves 8 times as many"
+    slower = compute / LIBRARY * (max(1.0, pressure) - 1)
+    if slower == 0:
+        return "decoding hides behind the products"
+    less, more = sorted((slower, decode))
+    ratio = f"{1e6 * less:.3g} µs < {1e6 * more:.3g} µs"
+    return f"decoding {'in the loop costs less than once' if fused else 'once costs less than in the loop'}: {ratio}"
+
+
+def table(pressures: Mapping[str, float]) -> Iterator[Sequence[str]]:
+    """Rows of text, under `HEAD`. `pressures` of the fused NF4 kernel, by name of the device."""
+    for model, shapes in SHAPES.items():
+        for label, (n, k) in shapes.items():
+            for device in DEVICES:
+                for m in ROWS:
+                    found = predict(n, k, m, device, pressures[device])
+                    yield [
+                        f"{model} {label} [{n}, {k}]",
+                        device,
+                        str(m),
+                        f"{found.moved / 1e6:.1f}",
+                        f"{found.flops / 1e9:.2f}",
+                        *(f"{1e6 * time:.1f}" for time in (found.floor, found.fused, found.materialise)),
+                        f"{found.wins}: {found.why}",
+                    ]
+
+
+HEAD = ("weight [N, K]", "GPU", "M", "MB", "GFLOP", "floor µs", "fused µs", "materialise µs", "expected to win, and why")
