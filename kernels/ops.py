@@ -190,7 +190,7 @@ def _(dW: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-def _scatter(grads: list[Tensor], layout: str, count: int) -> list[Tensor | None]:
+def scatter_grads(grads: list[Tensor], layout: str, count: int) -> list[Tensor | None]:
     """Gradients laid out like `delta`: None for what is not trainable."""
     out: list[Tensor | None] = [None] * count
     for position, grad in zip(Layout.parse(layout).trainable, grads, strict=True):
@@ -206,7 +206,7 @@ def _save_materialize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _materialize_backward(ctx: Any, dW: Tensor) -> tuple[Any, ...]:
     grads = materialize_backward(dW, list(ctx.saved_tensors), ctx.layout)
-    return [None] * ctx.base_count, _scatter(grads, ctx.layout, ctx.delta_count), None
+    return [None] * ctx.base_count, scatter_grads(grads, ctx.layout, ctx.delta_count), None
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -227,7 +227,7 @@ def _linear_backward(transposed: bool) -> Any:
         # For out = x W the weight gradient is xᵀ dy: the factors change places.
         factors = (x, dy) if transposed else (dy, x)
         grads = linear_grads(*factors, delta, ctx.layout)
-        return dx, dbias, [None] * len(base), _scatter(grads, ctx.layout, len(delta)), None
+        return dx, dbias, [None] * len(base), scatter_grads(grads, ctx.layout, len(delta)), None
 
     return backward
 

@@ -17,9 +17,10 @@ import torch
 from torch.fx import Graph, Node
 
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.passes.fuse_experts import StackProduct
 from rosa_fx.passes.fuse_linear import emit
 from rosa_fx.passes.views import SAME_ELEMENTS, is_getitem, is_view, value
-from rosa_fx.passes.weight_gradient import Product, Summand, summands
+from rosa_fx.passes.weight_gradient import Product, Summand, summands, unviewed
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
@@ -30,10 +31,10 @@ def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
     dW, delta, key = node.args
     assert isinstance(dW, Node)
     layout = Layout.parse(str(key))
-    fused: list[Product] = []
+    fused: list[Product | StackProduct] = []
     rest: list[Summand] = []
-    for summand in summands(dW):
-        products = summand.products(layout.shape)
+    for summand in summands(unviewed(dW)):
+        products = summand.products(layout)
         if products is None:
             rest.append(summand)
         else:
@@ -45,12 +46,11 @@ def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
     results: list[Node] = []
     with graph.inserting_before(node):
         for product in fused:
-            dy, x = product.emit(graph)
-            results.append(emit(graph, ops.linear_grads.default, dy, x, delta, layout.part(product.region).key))
+            results.append(product.gradients(graph, delta, layout))
         if rest:
-            total = rest[0].emit(graph)
+            total = rest[0].emit(graph, layout.shape)
             for other in rest[1:]:
-                total = emit(graph, aten.add.Tensor, total, other.emit(graph))
+                total = emit(graph, aten.add.Tensor, total, other.emit(graph, layout.shape))
             results.append(emit(graph, ops.materialize_backward.default, total, delta, key))
     _replace_items(graph, node, results)
     return len(fused), _describe(rest[0].node) if rest else ""

@@ -73,7 +73,7 @@ def fuse_product(graph: Graph, node: Node) -> tuple[Node, str] | None:
             inside = _foldable_bias(node, bias, on_left)
             new = _call(graph, target, other, bias if inside else None, on_left, (base, delta, key), node)
             if bias is not None and not inside:
-                new = _add_bias(graph, node, bias, new)
+                new = add_bias(graph, node, bias, new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         return traced.source, "linear" if target is ops.linear.default else "linear_t"
@@ -102,7 +102,8 @@ def _foldable_bias(node: Node, bias: Any, on_left: bool) -> bool:
     return bool(unscaled) and val.dim() == 1
 
 
-def _add_bias(graph: Graph, node: Node, bias: Any, product: Node) -> Node:
+def add_bias(graph: Graph, node: Node, bias: Any, product: Node) -> Node:
+    """`product` plus the first argument of `node`, with the factors that `node` has."""
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     if alpha != 1:
         product = emit(graph, aten.mul.Tensor, product, alpha)

@@ -7,6 +7,7 @@ account for what is left, share what layers with one input have in common. What 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from torch.fx import Graph, Node
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.passes.fuse_experts import (
+    fuse_batched_product,
+    fuse_grouped_backward,
+    fuse_grouped_product,
+    grouped_backward_targets,
+    grouped_targets,
+)
 from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
@@ -41,7 +49,7 @@ def rewrite(graph: Graph, *, strict: bool = True) -> GraphReport:
     by_delta = {_identity(node): names[node] for node in weights}
     for node in weights:
         report.use(names[node], str(node.args[2]))
-    for target, fuse in (*((target, fuse_product) for target in PRODUCTS), (aten.sum.dim_IntList, fuse_vector_product)):
+    for target, fuse in _rewrites():
         for node in graph.find_nodes(op="call_function", target=target):
             found = fuse(graph, node)
             if found is not None:
@@ -78,6 +86,15 @@ def _share(graph: Graph, report: GraphReport, names: dict[Any, str]) -> None:
         if delta in names:
             report.uses[names[delta]].shared += 1
     graph.eliminate_dead_code()
+
+
+def _rewrites() -> Iterator[tuple[Any, Callable[[Graph, Node], tuple[Node, str] | None]]]:
+    """(target, what may rewrite a node with that target), in order."""
+    yield from ((target, fuse_product) for target in PRODUCTS)
+    yield aten.sum.dim_IntList, fuse_vector_product
+    yield from ((target, fuse_batched_product) for target in (aten.bmm.default, aten.baddbmm.default))
+    yield from ((target, fuse_grouped_product) for target in grouped_targets())
+    yield from ((target, fuse_grouped_backward) for target in grouped_backward_targets())
 
 
 def _identity(node: Node) -> tuple[Any, Any]:

@@ -1,12 +1,13 @@
 """Taking a dense weight gradient apart: which matrix products, where in the weight, it is the sum of.
 
 Autograd builds dW from products dyᵀ x by adding (several uses), scaling, transposing, summing over a batch, and placing:
-`slice_scatter` into zeros and `cat` are the backward of slicing and splitting a packed weight. Each step is undone here, so
-that none of the dense pieces has to exist.
+`slice_scatter` into zeros and `cat` are the backward of slicing and splitting a packed weight, `select_scatter` that of
+choosing one of a stack. Each step is undone here, so that none of the dense pieces has to exist.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.base import Region, Shape
+from rosa_fx.passes.fuse_experts import StackProduct, stack_product, zeros
 from rosa_fx.passes.fuse_linear import emit, emit_transpose
-from rosa_fx.passes.views import SAME_ELEMENTS, matrix_region, trace, value
+from rosa_fx.passes.views import SAME_ELEMENTS, Traced, matrix_region, trace, value
 
 aten = torch.ops.aten
+ops = torch.ops.rosa_fx
+
+FLATTENS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 @dataclass(frozen=True)
@@ -31,14 +37,14 @@ class Product:
     scale: float
     region: Region
 
-    def emit(self, graph: Graph) -> tuple[Node, Node]:
-        """(dy, x), of shapes [*, rows of the region] and [*, columns of the region]."""
+    def gradients(self, graph: Graph, delta: Any, layout: Layout) -> Node:
+        """The gradients of the delta's parameters, from dy [*, rows of the region] and x [*, columns of the region]."""
         # As stored: left = dyᵀ, right = x. Turned: (left right)ᵀ = rightᵀ leftᵀ, so left = xᵀ and right = dy.
         flipped = emit_transpose(graph, self.left)
         dy, x = (self.right, flipped) if self.turned else (flipped, self.right)
         if self.scale != 1:
             dy = emit(graph, aten.mul.Tensor, dy, self.scale)
-        return dy, x
+        return emit(graph, ops.linear_grads.default, dy, x, delta, layout.part(self.region).key)
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,32 @@ class Summand:
     node: Node
     scale: float
 
-    def emit(self, graph: Graph) -> Node:
-        return self.node if self.scale == 1 else emit(graph, aten.mul.Tensor, self.node, self.scale)
+    def emit(self, graph: Graph, shape: Shape) -> Node:
+        """The summand as a matrix [N, K]."""
+        node, val = self.node, value(self.node)
+        if val is None or tuple(val.shape) != shape:
+            node = emit(graph, aten.reshape.default, node, list(shape))
+        return node if self.scale == 1 else emit(graph, aten.mul.Tensor, node, self.scale)
 
-    def products(self, shape: Shape) -> list[Product] | None:
-        """The products that make up this summand [N, K]; None if any part of it is something else."""
-        found = list(_products(self.node, False, (0, shape[0], 0, shape[1]), self.scale))
-        return None if None in found else [product for product in found if product is not None]
+    def products(self, layout: Layout) -> list[Product | StackProduct] | None:
+        """The products that make up this summand; None if any part of it is something else."""
+        whole = (0, layout.shape[0], 0, layout.shape[1])
+        ways: list[Iterator[Product | StackProduct | None]] = [_products(self.node, False, whole, self.scale)]
+        if layout.stack > 1:
+            rows, columns = layout.each_shape
+            ways.insert(0, _of_stack(self.node, layout, False, (0, rows, 0, columns), self.scale))
+        for way in ways:
+            found = list(way)
+            if None not in found:
+                return [product for product in found if product is not None]
+        return None
+
+
+def unviewed(node: Node) -> Node:
+    """The weight gradient in the parameter's own shape, where it was flattened into a matrix."""
+    while (node.target in FLATTENS or node.target in SAME_ELEMENTS) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def summands(node: Node, scale: float = 1.0) -> list[Summand]:
@@ -90,15 +115,12 @@ def _products(node: Node, turned: bool, region: Region, scale: float) -> Iterato
     """The products in `node`, which fills `region` of dW (its transpose does if `turned`); None for what is none."""
     rows, columns = region[1] - region[0], region[3] - region[2]
     wanted = (columns, rows) if turned else (rows, columns)
-    traced = trace(node)
-    if traced is None or tuple(traced.shadow.shape[-2:]) != wanted or traced.shadow.numel() != rows * columns:
+    traced = _traced(node, wanted)
+    val = None if traced is None else value(traced.source)
+    if traced is None or val is None or val.dim() < 2 or val.numel() != rows * columns:
         yield None
         return
     source = traced.source
-    val = value(source)
-    if val is None or val.dim() < 2 or val.numel() != rows * columns:
-        yield None
-        return
     shown = matrix_region(traced, (int(val.shape[-2]), int(val.shape[-1])))
     if shown is None:
         yield None
@@ -121,48 +143,120 @@ def _products(node: Node, turned: bool, region: Region, scale: float) -> Iterato
         yield None if factors is None else Product(*factors, turned, scale, region)
 
 
+def _traced(node: Node, shape: tuple[int, ...]) -> Traced | None:
+    """`trace` with the shadow in `shape`; None if it cannot be viewed so."""
+    traced = trace(node)
+    if traced is None or traced.shadow.numel() != math.prod(shape):
+        return None
+    try:
+        return Traced(traced.source, traced.shadow.view(shape))
+    except RuntimeError:
+        return None
+
+
+def _of_stack(
+    node: Node, layout: Layout, turned: bool, region: Region, scale: float
+) -> Iterator[Product | StackProduct | None]:
+    """The products in `node`, which fills `region` of the gradient of each matrix of a stack, as in `_products`."""
+    rows, columns = region[1] - region[0], region[3] - region[2]
+    wanted = (layout.stack, columns, rows) if turned else (layout.stack, rows, columns)
+    traced = _traced(node, wanted)
+    val = None if traced is None else value(traced.source)
+    if traced is None or val is None or val.dim() < 3 or val.numel() != layout.stack * rows * columns:
+        yield None
+        return
+    source, one = traced.source, (int(val.shape[-2]), int(val.shape[-1]))
+    shown = matrix_region(Traced(source, traced.shadow[0]), one)
+    if shown is None or traced.shadow.stride(0) != rows * columns:
+        yield None
+        return
+    turned = turned != shown[0]
+    factor, added = _constant_factor(source), _added(source)
+    if factor is not None:
+        yield from _of_stack(source.args[0], layout, turned, region, scale * factor)  # type: ignore[arg-type]
+    elif added is not None:
+        for side in added:
+            yield from _of_stack(side, layout, turned, region, scale)
+    elif (placed := _placed_matrices(source, layout.stack)) is not None:
+        for piece, index in placed:
+            start = index * layout.each_shape[0]
+            yield from _products(piece, turned, (start + region[0], start + region[1], *region[2:]), scale)
+    elif (placed_blocks := _placed_blocks(source)) is not None:
+        for piece, (row, row_stop, column, column_stop) in placed_blocks:
+            if turned:
+                row, row_stop, column, column_stop = column, column_stop, row, row_stop
+            inside = (region[0] + row, region[0] + row_stop, region[2] + column, region[2] + column_stop)
+            yield from _of_stack(piece, layout, turned, inside, scale)
+    else:
+        yield stack_product(source, turned, scale, region)
+
+
+def _placed_matrices(node: Node, stack: int) -> list[tuple[Node, int]] | None:
+    """The matrices that a stack is put together from, with their numbers; the others are zeros."""
+    val = value(node)
+    if val is None or val.dim() != 3:
+        return None
+    if node.target is aten.select_scatter.default:
+        into, piece, dim, index = node.args
+        if not zeros(into) or dim != 0 or not isinstance(piece, Node) or not isinstance(index, int):
+            return None
+        return [(piece, index % stack)]
+    if node.target is aten.cat.default and node.args[1:] in ((), (0,)):
+        pieces: Any = node.args[0]
+        sizes = [0 if (val := value(piece)) is None else int(val.shape[0]) for piece in pieces]
+        return [(piece, index) for index, piece in enumerate(pieces)] if sizes == [1] * stack else None
+    return None
+
+
+def _placed_blocks(node: Node) -> list[tuple[Node, Region]] | None:
+    """As `_placed`, for blocks that lie alike in each of a batch of matrices."""
+    val = value(node)
+    if val is None or val.dim() != 3:
+        return None
+    found = _pieces(node, 3)
+    if found is None or any(dim == 0 for _, dim, _, _ in found):
+        return None
+    rows, columns = int(val.shape[1]), int(val.shape[2])
+    return [(p, (start, stop, 0, columns) if dim == 1 else (0, rows, start, stop)) for p, dim, start, stop in found]
+
+
 def _placed(node: Node) -> list[tuple[Node, Region]] | None:
     """The pieces of a matrix that is put together from blocks, with the rows and columns each fills."""
-    val = value(node)
-    if val is None or val.dim() != 2:
+    val, found = value(node), _pieces(node, 2)
+    if val is None or found is None:
         return None
     rows, columns = int(val.shape[0]), int(val.shape[1])
+    return [(p, (start, stop, 0, columns) if dim == 0 else (0, rows, start, stop)) for p, dim, start, stop in found]
 
-    def block(dim: int, start: int, stop: int) -> Region:
-        return (start, stop, 0, columns) if dim % 2 == 0 else (0, rows, start, stop)
 
-    placed: list[tuple[Node, Region]] = []
+def _pieces(node: Node, dimensions: int) -> list[tuple[Node, int, int, int]] | None:
+    """(piece, dimension, start, stop) of what a tensor is put together from along one dimension; the rest is zeros."""
+    val = value(node)
+    if val is None or val.dim() != dimensions:
+        return None
     if node.target is aten.slice_scatter.default:
         arguments: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 2 :]]
         into, piece, dim, start, _, step = arguments
         part = value(piece)
-        if part is None or not _zeros(into) or step != 1:
+        if part is None or not zeros(into) or step != 1:
             return None
-        begin = (start or 0) + ((rows, columns)[dim % 2] if (start or 0) < 0 else 0)
-        placed.append((piece, block(dim, begin, begin + int(part.shape[dim]))))
-        return placed
+        begin = (start or 0) + (int(val.shape[dim]) if (start or 0) < 0 else 0)
+        return [(piece, dim % dimensions, begin, begin + int(part.shape[dim]))]
     if node.target is aten.cat.default:
         pieces: Any = node.args[0]
         dim = node.args[1] if len(node.args) > 1 else 0
         assert isinstance(dim, int)
-        begin = 0
+        placed, begin = [], 0
         for piece in pieces:
             part = value(piece)
-            if part is None or part.dim() != 2:
+            if part is None or part.dim() != dimensions:
                 return None
             stop = begin + int(part.shape[dim])
-            if not _zeros(piece):
-                placed.append((piece, block(dim, begin, stop)))
+            if not zeros(piece):
+                placed.append((piece, dim % dimensions, begin, stop))
             begin = stop
         return placed
     return None
-
-
-def _zeros(node: object) -> bool:
-    if not isinstance(node, Node):
-        return False
-    made = node.target in (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
-    return made or bool(node.target is aten.full.default and node.args[1] == 0)
 
 
 def _matrix_product(node: Node) -> tuple[Node, Node] | None:
