@@ -10,16 +10,18 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 import types
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
 # Calls whose operands are multiplied; in `addmm` and `baddbmm` the first of three operands is added instead.
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"}
+_PRODUCTS |= {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _SUMS = {"addmm", "baddbmm"}
 # The products that are tensor methods too: `self.w.mm(x)` is one, `self.linear(x)` is a call of a submodule.
 _METHODS = {"matmul", "mm", "bmm"}
@@ -36,6 +38,7 @@ _VIEWS |= {
     "split",
     "unbind",
     "tensor_split",
+    "index_select",
 }
 _VIEW_ATTRIBUTES = {"T", "mT", "H", "mH", "data"}
 _ITERATORS = {"zip", "enumerate", "reversed", "list", "tuple"}
@@ -45,8 +48,15 @@ _ITERATORS = {"zip", "enumerate", "reversed", "list", "tuple"}
 class Uses:
     """Dotted attribute paths below ``self`` (``"w"``, ``"proj.weight"``), by how the class uses them."""
 
-    products: frozenset[str]  # an operand of a matrix product
-    lookups: frozenset[str]  # indexed by something that is no slice or constant, or the table of an `embedding` call
+    products: frozenset[str] = frozenset()  # an operand of a matrix product
+    lookups: frozenset[str] = frozenset()  # indexed by something that is no slice or constant, or one of `tables`
+    tables: frozenset[str] = frozenset()  # the table of an `embedding` call
+    # How products read a weight with more than two dimensions: (path, leading dimensions that number matrices, or None for
+    # all but the last two, dimensions that are rows). An `einsum` that reads it otherwise gives none.
+    readings: frozenset[tuple[str, int | None, int]] = frozenset()
+
+    def __or__(self, other: Uses) -> Uses:
+        return Uses(*(getattr(self, field.name) | getattr(other, field.name) for field in fields(Uses)))
 
 
 def attribute_uses(cls: type, attribute: str | None = None) -> Uses:
@@ -54,21 +64,19 @@ def attribute_uses(cls: type, attribute: str | None = None) -> Uses:
 
     A use is found directly or through local variables, views and casts (``.T``, ``.t()``, ``.transpose``, ``.view``,
     ``.to``, slices, ``chunk``, ...), in ``@`` or as an argument of ``linear``, ``matmul``, ``mm``, ``bmm``, ``addmm``,
-    ``baddbmm``, ``einsum`` or ``tensordot``. A class without readable source contributes nothing. Code is not run.
+    ``baddbmm``, ``einsum``, ``tensordot`` or ``grouped_mm``. A class without readable source contributes nothing. Code is
+    not run.
 
     With ``attribute``, classes whose compiled methods never name it may be left out: reading source costs about a
     second for the large base classes that a Hugging Face model has.
     """
-    products: set[str] = set()
-    lookups: set[str] = set()
+    found = Uses()
     for each in cls.__mro__:
         if each is object or each.__module__.partition(".")[0] == "torch":
             continue
         if attribute is None or attribute in _names_in(each):
-            uses = _own_uses(each)
-            products |= uses.products
-            lookups |= uses.lookups
-    return Uses(frozenset(products), frozenset(lookups))
+            found |= _own_uses(each)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,13 +85,14 @@ def _own_uses(cls: type) -> Uses:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
-        return Uses(frozenset(), frozenset())  # made at run time or in an interpreter without source
+        return Uses()  # made at run time or in an interpreter without source
     reader = _Reader()
     for definition in tree.body:
         for method in definition.body if isinstance(definition, ast.ClassDef) else ():
             if isinstance(method, ast.FunctionDef) and method.args.args:
                 reader.method(method)
-    return Uses(frozenset(reader.products), frozenset(reader.lookups))
+    lookups = reader.lookups | reader.tables
+    return Uses(frozenset(reader.products), frozenset(lookups), frozenset(reader.tables), frozenset(reader.readings))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -116,20 +125,56 @@ def uses_linearly(modules: dict[str, nn.Module], names: Iterable[str]) -> bool:
     there, so ``x @ self.holder.w`` in a parent counts; an ``nn.ParameterList`` or ``ParameterDict`` that holds the
     parameter stands for its entries.
     """
-    product = False
+    found = list(_uses_of(modules, names))
+    if any(paths[0] in uses.lookups for uses, paths in found):
+        return False
+    return any(path in uses.products for uses, paths in found for path in paths)
+
+
+def stack_reading(modules: dict[str, nn.Module], names: Iterable[str]) -> tuple[int | None, int] | None:
+    """How the model multiplies with a parameter of more than two dimensions that has these names; None if it does not.
+
+    (leading dimensions that number matrices, or None for all but the last two; dimensions that are rows of each). One that
+    is indexed by a tensor may be a stack of experts; only an ``embedding`` call makes it a table. Where products differ, an
+    ``einsum`` gives way to the others, and a stack to a matrix.
+    """
+    found = list(_uses_of(modules, names))
+    if any(paths[0] in uses.tables for uses, paths in found):
+        return None
+    readings = {(stacked, rows) for uses, paths in found for path, stacked, rows in uses.readings if path in paths}
+    return min(readings, key=lambda reading: (reading[0] is not None, reading[0] or 0, reading[1]), default=None)
+
+
+def _uses_of(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator[tuple[Uses, tuple[str, ...]]]:
+    """What each ancestor of a parameter says, and the paths by which it means it: its own first, then of its container."""
     for name in names:
         parts = name.split(".")
         for depth in range(len(parts)):
             cls: Any = type(modules[".".join(parts[:depth])])
-            uses = attribute_uses(cls, parts[depth])
             path = ".".join(parts[depth:])
-            if path in uses.lookups:
-                return False
-            product |= path in uses.products
-            owner = modules[".".join(parts[:-1])]
-            if isinstance(owner, nn.ParameterList | nn.ParameterDict):
-                product |= path.rpartition(".")[0] in uses.products
-    return product
+            held = isinstance(modules[".".join(parts[:-1])], nn.ParameterList | nn.ParameterDict)
+            yield attribute_uses(cls, parts[depth]), (path, path.rpartition(".")[0]) if held else (path,)
+
+
+def einsum_reading(equation: str, position: int) -> tuple[int, int] | None:
+    """How ``einsum`` reads the operand at `position` if that is a stack of matrices which it multiplies with the others.
+
+    (leading axes that number matrices, axes that are the rows of each). The operand's axes must be those of a batch first,
+    then those that are summed over and those that only the result has, in either order. None for any other equation.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    if position >= len(operands) or "." in operands[position]:
+        return None
+    axes = operands[position]
+    others = set("".join(operands[:position] + operands[position + 1 :]))
+    if not arrow:
+        letters = left.replace(",", "")
+        out = "".join(axis for axis in letters if letters.count(axis) == 1)
+    # b: of the batch, s: summed over, f: free, x: summed over in this operand alone
+    kinds = "".join({(1, 1): "b", (1, 0): "s", (0, 1): "f"}.get((axis in others, axis in out), "x") for axis in axes)
+    match = re.fullmatch(r"(b*)(?:(s+)f+|(f+)s+)", kinds)
+    return None if match is None else (len(match[1]), len(match[2] or match[3]))
 
 
 class _Reader(ast.NodeVisitor):
@@ -138,6 +183,8 @@ class _Reader(ast.NodeVisitor):
     def __init__(self) -> None:
         self.products: set[str] = set()
         self.lookups: set[str] = set()
+        self.tables: set[str] = set()
+        self.readings: set[tuple[str, int | None, int]] = set()
         self._self = "self"
         self._locals: dict[str, set[str]] = {}
         self._branches = 0
@@ -211,7 +258,17 @@ class _Reader(ast.NodeVisitor):
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.visit(node.value)
         if isinstance(node.op, ast.MatMult):
-            self.products |= self._paths(node.value)
+            self._multiplied(self._paths(node.value))
+
+    def _multiplied(self, paths: set[str]) -> None:
+        self.products |= paths
+        self.readings |= {(path, None, 1) for path in paths}
+
+    def _einsum(self, equation: str, operands: Sequence[ast.expr]) -> None:
+        for position, operand in enumerate(operands):
+            paths, reading = self._paths(operand), einsum_reading(equation, position)
+            self.products |= paths
+            self.readings |= {(path, *reading) for path in paths} if reading is not None else set()
 
     def _branch(self, node: ast.AST) -> None:
         self._branches += 1
@@ -256,7 +313,7 @@ class _Reader(ast.NodeVisitor):
     def visit_BinOp(self, node: ast.BinOp) -> None:
         self.generic_visit(node)
         if isinstance(node.op, ast.MatMult):
-            self.products |= self._paths(node.left) | self._paths(node.right)
+            self._multiplied(self._paths(node.left) | self._paths(node.right))
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
@@ -271,9 +328,15 @@ class _Reader(ast.NodeVisitor):
                 arguments.append(function.value)
             elif name in _SUMS and len(node.args) >= 3:
                 del arguments[0]
-            self.products |= set().union(*(self._paths(each) for each in arguments))
+            match arguments:
+                case [ast.Constant(value=str(equation)), *operands]:
+                    self._einsum(equation, operands)
+                case _:
+                    self._multiplied(set().union(*(self._paths(each) for each in arguments)))
+        elif name == "index_select":
+            self.lookups |= self._paths(node)
         elif name in ("embedding", "embedding_bag"):
-            self.lookups |= set().union(*(self._paths(each) for each in arguments))
+            self.tables |= set().union(*(self._paths(each) for each in arguments))
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         self.generic_visit(node)

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
-from rosa_fx.linear_uses import uses_linearly
+from rosa_fx.linear_uses import stack_reading, uses_linearly
 from rosa_fx.packed import PackedWeight, find_packed
 from rosa_fx.reading import Reading, read
 
@@ -66,9 +66,9 @@ class ModelWeights:
                 self.all.append(weight)
 
     def is_linear(self, weight: Weight) -> bool:
-        """True if the weight has two dimensions and every one of its owners is known to multiply with it."""
+        """True if every one of the weight's owners is known to multiply with it, as a matrix or a stack of matrices."""
         if weight.dimensions not in (None, 2):
-            return False
+            return not self.unreadable(weight) and stack_reading(self.modules, weight.names) is not None
         # Of a computed weight only its own name counts; the others are the parameters it is computed from.
         kinds = {name: self._kind(name) for name in (weight.names[:1] if weight.blocked else weight.names)}
         bare = [name for name, kind in kinds.items() if kind == "bare"]
@@ -77,8 +77,11 @@ class ModelWeights:
         return not bare or uses_linearly(self.modules, bare)
 
     def reading(self, weight: Weight) -> Reading:
-        """How the weight is read as matrices: a stack over all but its last two dimensions."""
-        return read(weight.shape)
+        """How the weight is read as matrices: as the source of its class shows, else as a stack over all but its last two
+        dimensions."""
+        shape = weight.shape
+        shown = stack_reading(self.modules, weight.names) if len(shape) > 2 else None
+        return read(shape, *(shown or ()))
 
     def unreadable(self, weight: Weight) -> str:
         """Why the weight is no matrix and no stack of them, as the rest of a sentence; empty if it is."""

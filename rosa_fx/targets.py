@@ -49,14 +49,19 @@ class Target:
 def select_targets(model: nn.Module, spec: RosaSpec) -> list[Target]:
     """The weights of ``model`` that ``spec`` names, in the order of ``model.named_parameters()``; nothing is changed.
 
-    ``"all-linear"`` selects the 2-D floating-point weights that the model multiplies with: those of ``nn.Linear`` and
-    its subclasses, Hugging Face's ``Conv1D``, the projections of ``nn.MultiheadAttention``, and bare parameters which
-    the source of their class shows in a matrix product (see :mod:`rosa_fx.linear_uses`). It leaves out embeddings (and
-    whatever shares its Parameter with one), the output head (the rule: :func:`rosa_fx.output_head.output_heads`),
-    recurrent layers, convolutions, ``nn.Bilinear``, stacks of experts (more than two dimensions) and weights that are
-    already packed, except those of bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. A weight left out so can be named by
-    a pattern, if it is 2-D, floating-point and not shared with an embedding. Patterns match any name of a shared weight;
-    parameters with one dimension that a pattern also matches, such as biases, are no targets.
+    ``"all-linear"`` selects the floating-point weights that the model multiplies with: those of ``nn.Linear`` and
+    its subclasses, Hugging Face's ``Conv1D``, the projections of ``nn.MultiheadAttention``, and bare parameters with two or
+    more dimensions, such as stacks of experts, which the source of their class shows in a matrix product (see
+    :mod:`rosa_fx.linear_uses`). It leaves out embeddings (and whatever shares its Parameter with one), the output head (the
+    rule: :func:`rosa_fx.output_head.output_heads`), recurrent layers, convolutions, ``nn.Bilinear``, weights without
+    elements, and weights that are already packed, except those of bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. A
+    weight left out so can be named by a pattern, if it is floating-point, not shared with an embedding, and 2-D or outside
+    the modules of torch. Patterns match any name of a shared weight; parameters with one dimension that a pattern also
+    matches, such as biases, are no targets.
+
+    A weight with more than two dimensions is read as the source of its class shows: ``einsum("ibh,hnd->ibnd", x, w)`` as the
+    one matrix [h, n·d], ``einsum("bnh,noh->bno", x, w)`` and everything that is no einsum, or is named by a pattern alone, as
+    a stack over all dimensions but the last two.
 
     The general rank is capped at min(N, K) of each weight and ``Target.note`` says so; the scale uses the capped rank.
 
@@ -132,6 +137,8 @@ def _all_linear(model: nn.Module, weights: ModelWeights, excluded: set[str], *, 
             reasons.append(f"{weight.name!r} is excluded")
         elif weight.blocked:
             raise RosaError(f"the weight {weight.name!r} {weight.blocked}")
+        elif weight.dimensions is not None and math.prod(weight.shape) == 0:
+            reasons.append(f"{weight.name!r} is empty")
         elif reason := weights.unusable(weight):
             if weight.packed is not None and weight.parameter is not None and weight.parameter.is_meta:
                 raise RosaError(f"the weight {weight.name!r} {reason}")
