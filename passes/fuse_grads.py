@@ -26,8 +26,8 @@ aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
 
-def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
-    """Rewrite one `materialize_backward` node: (fused products, reason if something stayed dense)."""
+def fuse_gradients(graph: Graph, node: Node) -> tuple[int, tuple[str, Node] | None]:
+    """Rewrite one `materialize_backward` node: (fused products, reason and place if something stayed dense)."""
     dW, delta, key = node.args
     assert isinstance(dW, Node)
     layout = Layout.parse(str(key))
@@ -42,7 +42,7 @@ def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
     if not fused:
         return 0, _describe(rest[0].node)
     if not layout.additive and (rest or len(fused) > 1):
-        return 0, f"mask selection over {len(fused) + len(rest)} uses of one weight takes the dense gradient"
+        return 0, (f"mask selection over {len(fused) + len(rest)} uses of one weight takes the dense gradient", node)
     results: list[Node] = []
     with graph.inserting_before(node):
         for product in fused:
@@ -53,7 +53,7 @@ def fuse_gradients(graph: Graph, node: Node) -> tuple[int, str] | None:
                 total = emit(graph, aten.add.Tensor, total, other.emit(graph, layout.shape))
             results.append(emit(graph, ops.materialize_backward.default, total, delta, key))
     _replace_items(graph, node, results)
-    return len(fused), _describe(rest[0].node) if rest else ""
+    return len(fused), _describe(rest[0].node) if rest else None
 
 
 def _replace_items(graph: Graph, node: Node, results: list[Node]) -> None:
@@ -111,9 +111,9 @@ def _like(delta: object, key: object, item: Node) -> Node:
     return delta[position]  # type: ignore[index]
 
 
-def _describe(node: Node) -> str:
+def _describe(node: Node) -> tuple[str, Node]:
     while node.op == "call_function" and (is_view(node) or node.target in SAME_ELEMENTS) and isinstance(node.args[0], Node):
         node = node.args[0]
     val = value(node)
     shape = "" if val is None else f" {list(val.shape)}"
-    return f"weight gradient comes from {node.target}{shape}"
+    return f"weight gradient comes from {node.target}{shape}", node

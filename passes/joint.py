@@ -8,6 +8,7 @@ account for what is left, share what layers with one input have in common. What 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,16 +26,17 @@ from rosa_fx.passes.fuse_experts import (
 from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
-from rosa_fx.passes.report import GraphReport, source_line, weight_name
+from rosa_fx.passes.report import GraphReport, Use, weight_name
 from rosa_fx.passes.shared_input import share_inputs
 from rosa_fx.passes.views import SAME_ELEMENTS, is_view, value
+from rosa_fx.passes.work import count_work
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
 
-def rewrite(graph: Graph, *, strict: bool = True) -> GraphReport:
-    """Rewrite `graph` in place.
+def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphReport:
+    """Rewrite `graph` in place. With `work` the report also says how much arithmetic is left, see `Use.work`.
 
     Raises RosaError where a weight of a strict layout has a use that cannot be fused, unless `strict` is off.
     """
@@ -49,6 +51,13 @@ def rewrite(graph: Graph, *, strict: bool = True) -> GraphReport:
     by_delta = {_identity(node): names[node] for node in weights}
     for node in weights:
         report.use(names[node], str(node.args[2]))
+
+    def use_of(node: Node) -> Use:
+        """The use that a fused node, or one with a dense weight or gradient, belongs to."""
+        delta, layout = node.args[-2:]
+        key = replace(Layout.parse(str(layout)), region=None).key
+        return report.use(by_delta.get((tuple(delta), key)) or weight_name(node), key)  # type: ignore[arg-type]
+
     for target, fuse in _rewrites():
         for node in graph.find_nodes(op="call_function", target=target):
             found = fuse(graph, node)
@@ -57,21 +66,21 @@ def rewrite(graph: Graph, *, strict: bool = True) -> GraphReport:
                 report.counts[operator] += 1
                 report.use(names[weight], str(weight.args[2])).products += 1
     for node in graph.find_nodes(op="call_function", target=ops.materialize_backward.default):
-        name = by_delta.get((tuple(node.args[1]), node.args[2])) or weight_name(node)
-        use = report.use(name, str(node.args[2]))
-        result = fuse_gradients(graph, node)
-        if result is not None:
-            count, reason = result
-            report.counts["linear_grads"] += count
-            use.gradients += count
-            if reason:
-                use.dense.append(reason)
+        use = use_of(node)
+        count, reason = fuse_gradients(graph, node)
+        report.counts["linear_grads"] += count
+        use.gradients += count
+        if reason is not None:
+            use.leave(*reason)
     graph.eliminate_dead_code()
     for node in weights:
         if not node._erased and node.users:
             report.counts["dense"] += 1
             use = report.use(names[node], str(node.args[2]))
-            use.dense += [_reason(consumer) for consumer in _consumers(node)]
+            for consumer, last in _consumers(node):
+                use.leave(_reason(consumer), last)
+    if work:
+        count_work(graph, report, use_of)
     if strict:
         _check_strict(report)
     _share(graph, report, {delta: name for (delta, _), name in by_delta.items()})
@@ -113,13 +122,14 @@ def _merge_equal(weights: list[Node]) -> None:
             node.graph.erase_node(node)
 
 
-def _consumers(node: Node) -> list[Node]:
-    found: list[Node] = []
+def _consumers(node: Node) -> list[tuple[Node, Node]]:
+    """What reads a weight through views and casts, and the node whose line in the source says so."""
+    found: list[tuple[Node, Node]] = []
     for user in node.users:
         if user.op == "call_function" and (is_view(user) or user.target in SAME_ELEMENTS):
             found += _consumers(user)
         else:
-            found.append(user)
+            found.append((user, node if user.op == "output" else user))
     return found
 
 
@@ -128,8 +138,7 @@ def _reason(node: Node) -> str:
     shape = "" if val is None else f" -> {list(val.shape)}"
     if node.op == "output":
         return "the weight itself leaves the graph"
-    line = source_line(node)
-    return f"read by {node.target}{shape}, which is not a product that can be fused" + (f" ({line})" if line else "")
+    return f"read by {node.target}{shape}, which is not a product that can be fused"
 
 
 def _check_strict(report: GraphReport) -> None:

@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from torch.fx import Node
+
+_TORCH = str(Path(torch.__file__).parent) + "/"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A product of `rows` rows with `n` x `k` entries of a weight.
+
+    `kind`: "product" or "gradient" where it is fused, "dense product" or "dense gradient" where it is not.
+    """
+
+    kind: str
+    rows: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Other:
+    """A product with a weight that is no target: path of the module that multiplies, the weight's shape, FLOPs."""
+
+    path: str
+    shape: tuple[int, ...]
+    flops: int
 
 
 @dataclass
 class Use:
-    """One weight in one graph: how many products and gradients were fused, and why others were not.
+    """One weight in one graph: how many products and gradients were fused, and why and where others were not.
 
     `shared` of the products take a thin product of the low-rank part that is computed once for several users.
     """
@@ -21,17 +51,26 @@ class Use:
     gradients: int = 0
     shared: int = 0
     dense: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+
+    def leave(self, reason: str, node: Node) -> None:
+        """Something stays dense because of `node`."""
+        line = source_line(node)
+        self.dense.append(f"{reason} ({line})" if line else reason)
+        self.sources += [line] if line else []
 
 
 @dataclass
 class GraphReport:
-    """`uses` by weight name; counters of each rewrite over the whole graph.
+    """`uses` by weight name; `others`, products with other weights; counters of each rewrite over the whole graph.
 
     `shared`: products with the stacked matrices of several layers, thin products with several users, and gradients that are
     parts of one product.
     """
 
     uses: dict[str, Use] = field(default_factory=dict)
+    others: list[Other] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: {"linear": 0, "linear_t": 0, "linear_grads": 0, "dense": 0})
     shared: dict[str, int] = field(default_factory=lambda: {"stacked": 0, "reused": 0, "gradients": 0})
 
@@ -44,12 +83,16 @@ def weight_name(node: Node) -> str:
 
     A graph that was captured for a part of the model names it from that part.
     """
+    return module_path(node) or node.name
+
+
+def module_path(node: Node) -> str:
+    """The module in whose forward a node was made, from the model or from the part that was captured; empty if unknown."""
     for key in ("nn_module_stack", "fwd_nn_module_stack"):
         stack = node.meta.get(key)
         if stack:
-            path = list(stack.values())[-1][0]
-            return normalise(path)
-    return node.name
+            return normalise(list(stack.values())[-1][0])
+    return ""
 
 
 def normalise(path: str) -> str:
@@ -63,10 +106,14 @@ def normalise(path: str) -> str:
 
 
 def source_line(node: Node) -> str:
-    """Where in the user's code a node came from: `file.py:12: text`, or nothing."""
+    """Where in the user's code a node came from, forward or backward: `file.py:12: text`.
+
+    Torch's own line where none of the user's is involved, as in `nn.Sequential`; empty where capture left nothing.
+    """
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
-    for file, line, text in reversed(frames):
-        if "/torch/" not in file and "rosa_fx/weight.py" not in file:
-            return f"{file.rsplit('/', 1)[-1]}:{line}: {text.strip()}"
-    return ""
+    frames = [frame for frame in frames if not frame[0].endswith(("rosa_fx/weight.py", "/nn/utils/parametrize.py"))]
+    if not frames:
+        return ""
+    file, line, text = ([frame for frame in frames if not frame[0].startswith(_TORCH)] or frames)[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line}: {text.strip()}"

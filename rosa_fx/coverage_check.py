@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rosa_fx
 from rosa_fx.coverage_models import tensors, tiny_model
 from rosa_fx.passes.report import GraphReport
-from rosa_fx.report import _counted, _target
+from rosa_fx.report import compilations, target_reports
 from rosa_fx.state import state_of
 
 RANK, DENSITY = 2, 0.05
@@ -51,10 +51,10 @@ def _check(model: nn.Module, inputs: dict[str, Any], row: dict[str, Any]) -> Non
     graphs: list[GraphReport] = []
     call = rewritten(model, graphs)
     # The accounting of `explain`, over the graphs that then run: capture is most of the time that a row takes.
-    with _counted() as counted:
+    with compilations() as counted:
         actual, actual_grads = step(call, model, inputs)
     state = state_of(model)
-    targets = [_target(name, state, graphs) for name in state.weights]
+    targets = target_reports(state, graphs)
     row["targets"] = len(targets)
     for status in ("fused", "dense", "unused"):
         row[status] = sum(t.status == status for t in targets)

@@ -95,6 +95,11 @@ class ModelWeights:
             return f"has {dimensions} dimensions and belongs to {type(weight.owners[0][0]).__name__}"
         return f"has {dimensions} dimensions and {reason}" if (reason := self.unusable(weight)) else ""
 
+    def multiplies(self, name: str) -> bool:
+        """True if the owner under this very name multiplies with the weight, whatever others do (a tied head)."""
+        kind = self._kind(name)
+        return kind == "linear" or (kind == "bare" and uses_linearly(self.modules, [name]))
+
     def shared_with_embedding(self, weight: Weight) -> str:
         """The name of an embedding table that is this very Parameter under another owner; empty if there is none."""
         if len(weight.owners) < 2:

@@ -234,6 +234,7 @@ def explain(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in the example input.")] = 2,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens per row at most.")] = 64,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the linear weights into this .svg or .png.")] = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
     download: DownloadOption = True,

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import rosa_fx
 from rosa_fx.cli import common
 from rosa_fx.data import encode_rows, make_batches, pad_length, read_jsonl
 from rosa_fx.models import load_model
+from rosa_fx.report_picture import check_ending
 
 _STYLES = {"fused": "green", "dense": "yellow", "unused": "dim"}
 
@@ -29,11 +31,14 @@ def run_explain(
     batch: int,
     max_length: int,
     json: bool,
+    picture: Path | None,
     dtype: str,
     device: str,
     download: bool,
 ) -> None:
     """Options as in `rosa_fx.cli.app.explain`. The table, or JSON, goes to standard output."""
+    if picture is not None:
+        check_ending(picture)  # before a model is loaded for it
     spec = rosa_fx.RosaSpec(
         base=base,
         rank=rank,
@@ -55,6 +60,8 @@ def run_explain(
     network.train()
     arguments = {name: tensor.to(chosen_device) for name, tensor in example.items()}
     report = rosa_fx.explain(network, **arguments, use_cache=False)
+    if picture is not None:
+        report.picture(picture)
     if json:
         print(json_module.dumps(report.to_dict(), indent=1))
         return
@@ -69,12 +76,12 @@ def run_explain(
         style = _STYLES.get(row.status, "")
         table.add_row(
             row.name,
-            f"{row.shape[0]}x{row.shape[1]}",
+            "x".join(map(str, row.shape)),
             row.base,
             str(row.rank),
             f"{row.nnz:,}",
             f"[{style}]{row.status}[/]" if style else row.status,
-            row.reason,
+            escape(row.reason),
         )
     out.print(table)
-    out.print(str(report).splitlines()[-1], highlight=False)
+    out.print("\n".join(report.summary()), highlight=False, markup=False)
