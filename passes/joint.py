@@ -2,7 +2,8 @@
 
 The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and
 the backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients,
-account for what is left, share what layers with one input have in common. What is left stays right: the dense weight is computed for it, and the report says why.
+account for what is left, share what layers with one input have in common. What is left stays right: the dense weight is
+computed for it, and the report says why.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.fx import Graph, Node
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.passes.fuse_conv import fuse_convolution, fuse_convolution_backward
 from rosa_fx.passes.fuse_experts import (
     fuse_batched_product,
     fuse_grouped_backward,
@@ -33,6 +35,7 @@ from rosa_fx.passes.work import count_work
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
+
 
 
 def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphReport:
@@ -101,6 +104,8 @@ def _rewrites() -> Iterator[tuple[Any, Callable[[Graph, Node], tuple[Node, str] 
     """(target, what may rewrite a node with that target), in order."""
     yield from ((target, fuse_product) for target in PRODUCTS)
     yield aten.sum.dim_IntList, fuse_vector_product
+    yield aten.convolution.default, fuse_convolution
+    yield aten.convolution_backward.default, fuse_convolution_backward
     yield from ((target, fuse_batched_product) for target in (aten.bmm.default, aten.baddbmm.default))
     yield from ((target, fuse_grouped_product) for target in grouped_targets())
     yield from ((target, fuse_grouped_backward) for target in grouped_backward_targets())

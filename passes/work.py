@@ -69,9 +69,17 @@ def _rows(node: object) -> int:
 
 
 def _flops(node: Node) -> int:
-    """2 · outputs · length of the contraction."""
-    _, left, _ = PRODUCTS[node.target]
-    return 2 * prod(_shape(node)) * _shape(node.args[left])[-1]
+    """Of a product: 2 · outputs · length of the contraction. Of a convolution: each filter at every position."""
+    if node.target in PRODUCTS:
+        _, left, _ = PRODUCTS[node.target]
+        return 2 * prod(_shape(node)) * _shape(node.args[left])[-1]
+    if node.target is aten.convolution.default:
+        (given, weight), transposed, out, times = node.args[:2], node.args[6], _shape(node), 1
+    else:
+        (_, given, weight), transposed, out = node.args[:3], node.args[7], _shape(node.args[0])
+        times = sum(bool(wanted) for wanted in node.args[10][:2])  # type: ignore[index, union-attr]
+    positions = _shape(given) if transposed else out
+    return 2 * times * positions[0] * prod(positions[2:]) * prod(_shape(weight))
 
 
 def _products_near(start: Node, neighbours: Callable[[Node], Any]) -> list[Node]:
@@ -83,7 +91,7 @@ def _products_near(start: Node, neighbours: Callable[[Node], Any]) -> list[Node]
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        if node.target in PRODUCTS:
+        if node.target in PRODUCTS or node.target in _CONVOLUTIONS:
             found.append(node)
         elif prod(_shape(node)) == size:
             pending += neighbours(node)
@@ -92,30 +100,12 @@ def _products_near(start: Node, neighbours: Callable[[Node], Any]) -> list[Node]
 
 def _other(node: Node) -> Other | None:
     """A product one of whose factors is an input of the graph as it is, as a parameter is."""
-    if node.target in _CONVOLUTIONS:
-        weight = node.args[1 if node.target is aten.convolution.default else 2]
-        return _convolution(node, weight) if isinstance(weight, Node) else None
-    for operand in node.all_input_nodes:
+    for operand in node.all_input_nodes[:3]:
         traced = trace(operand)
-        if traced is None or traced.source.op != "placeholder":
+        if traced is None or traced.source.op != "placeholder" or "tangents" in traced.source.name:
             continue
         shape = _shape(traced.source)
-        if len(shape) >= 2 and prod(shape) > 1 and "tangents" not in traced.source.name:
+        filters = node.target in _CONVOLUTIONS and operand is not node.args[1 if len(node.args) == 9 else 2]
+        if len(shape) >= 2 and not filters:
             return Other(module_path(node), tuple(shape), _flops(node))
     return None
-
-
-def _convolution(node: Node, weight: Node) -> Other | None:
-    traced = trace(weight)
-    if traced is None or traced.source.op != "placeholder":
-        return None
-    shape = _shape(weight)
-    if node.target is aten.convolution.default:
-        transposed, out, given = node.args[6], _shape(node), _shape(node.args[0])
-        times = 1
-    else:
-        transposed, out, given = node.args[7], _shape(node.args[0]), _shape(node.args[1])
-        times = sum(bool(wanted) for wanted in node.args[10][:2])  # type: ignore[index, union-attr]
-    # Every output element takes one product with a filter; a transposed convolution spreads every input element.
-    positions = given if transposed else out
-    return Other(module_path(node), tuple(shape), times * 2 * positions[0] * prod(positions[2:]) * prod(shape))

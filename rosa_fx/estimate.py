@@ -27,7 +27,7 @@ def flops(weight: RosaWeight, work: Iterable[Work]) -> tuple[int, int]:
     A product of M rows costs 2·M·N·K either way, to which low-rank adds 2·M·R·(N + K) and sparse 2·M·nnz. The weight
     gradient costs 2·M·N·K dense; from its factors 4·M·R·(N + K) + 2·M·nnz. What stays dense pays for both.
     """
-    rank = 0 if weight.low_rank is None else weight.low_rank.A.shape[-2]
+    rank = 0 if weight.low_rank is None else weight.low_rank.rank
     entries = 0 if weight.sparse is None else weight.sparse.values.numel()
     before = after = 0
     for item in work:

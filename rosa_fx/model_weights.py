@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,10 +78,12 @@ class ModelWeights:
         return not bare or uses_linearly(self.modules, bare)
 
     def reading(self, weight: Weight) -> Reading:
-        """How the weight is read as matrices: as the source of its class shows, else as a stack over all but its last two
-        dimensions."""
+        """How the weight is read as matrices: as the source of its class shows, filters of size 1 as one matrix, others as
+        a stack over all but the last two dimensions."""
         shape = weight.shape
         shown = stack_reading(self.modules, weight.names) if len(shape) > 2 else None
+        if shown is None and len(shape) > 2 and math.prod(shape[2:]) == 1:
+            return read(shape, 0)
         return read(shape, *(shown or ()))
 
     def unreadable(self, weight: Weight) -> str:
@@ -91,6 +94,9 @@ class ModelWeights:
         if dimensions < 2 or weight.blocked:
             return f"has {dimensions} dimensions"
         kinds = {self._kind(name) for name in weight.names}
+        convolutions = [module for module, _ in weight.owners if isinstance(module, nn.modules.conv._ConvNd)]
+        if convolutions:
+            return next((reason for module in convolutions if (reason := not_a_product(module))), "")
         if kinds != {"bare"}:
             return f"has {dimensions} dimensions and belongs to {type(weight.owners[0][0]).__name__}"
         return f"has {dimensions} dimensions and {reason}" if (reason := self.unusable(weight)) else ""
@@ -178,6 +184,17 @@ class ModelWeights:
         if isinstance(module, nn.ParameterList | nn.ParameterDict) or type(module) is nn.Module:
             return "bare"
         return "other" if type(module).__module__.partition(".")[0] == "torch" else "bare"
+
+
+def not_a_product(module: nn.modules.conv._ConvNd) -> str:
+    """Why a convolution is no product over its channels, as the rest of a sentence; empty if it is one."""
+    if module.transposed:
+        return "belongs to a transposed convolution"
+    padded = module.padding if isinstance(module.padding, tuple) else ()  # "same" and "valid" add nothing to a kernel of size 1
+    for name, values, plain in (("kernel_size", module.kernel_size, 1), ("stride", module.stride, 1), ("padding", padded, 0)):
+        if set(values) - {plain}:
+            return f"belongs to a convolution with {name} {values}, not {plain}"
+    return "" if module.groups == 1 else f"belongs to a convolution with {module.groups} groups"
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ pickling, because a class made at run time has no name to be found by: these are
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -43,12 +44,22 @@ def _completed(cls: Any, original: Any, names: tuple[str, ...]) -> type[nn.Modul
     if plain:  # else the class makes or copies its instances in a way of its own, which is left as it is
 
         def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-            return _empty_module, (original, names), original.__getstate__(self)
+            state = original.__getstate__(self)
+            if tuple(self.parametrizations) != names:  # type: ignore[arg-type]
+                # Others were added since: it can be copied, but not pickled, as torch has it.
+                return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
+            return _empty_module, (original, names), state
 
         cls.__reduce_ex__ = reduce
         # torch's raises, and torch's __deepcopy__ would keep a compiled `forward` that is bound to the first module.
         for name in {"__getstate__", "__deepcopy__"} & vars(cls).keys():
             delattr(cls, name)
+
+    def delete(self: Any, name: str) -> None:
+        # torch takes a tensor away just before it puts a property in its place, on the class: not on that of the siblings.
+        if name in self._parameters or name in self._buffers:
+            own_class(self)
+        original.__delattr__(self, name)
 
     def represent(self: Any) -> str:
         if len(self._modules) > 1:
@@ -59,6 +70,7 @@ def _completed(cls: Any, original: Any, names: tuple[str, ...]) -> type[nn.Modul
 
     # In one line: `vmap` asks for it, and Dynamo does not follow how torch indents a longer one.
     cls.__repr__ = represent
+    cls.__delattr__ = delete
     for name, member in members_for(original).items():
         setattr(cls, name, member)
     completed: type[nn.Module] = cls

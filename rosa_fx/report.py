@@ -110,7 +110,7 @@ class RewriteReport:
             size = f"{_bytes(total['bytes_before'])} -> {_bytes(total['bytes_after'])}"
             work = f"{scaled_flops(total['flops_before'])} -> {scaled_flops(total['flops_after'])}"
             lines.append(
-                f"weights of the targets {size}; forward and backward {work} (estimated; before: trained densely); "
+                f"weights of the targets {size}; forward and backward {work} (estimated, before: trained densely); "
                 f"saved for backward {_bytes(self.saved_bytes)}"
             )
         unused = len(self.targets) - self.fused - self.dense

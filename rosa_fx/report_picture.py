@@ -135,7 +135,7 @@ def draw(report: RewriteReport, path: Path) -> Path:
     places, width, height = _places(shown, scale)
     *estimates, title = report.summary()[-2:] if report.totals["flops_before"] else report.summary()[-1:]
     lines = [title, *(line for estimate in estimates for line in estimate.split("; "))]
-    top = 1.4 * len(lines) + 3.2
+    top = 1.0 * len(lines) + 4.0
     width = max(width, 24.0, max(len(line) for line in lines) * _CHARACTER * 1.1)
     # Not pyplot: that would keep the figure in a global list and may pick a window system.
     figure = Figure(figsize=((width + 1) * _INCHES, (height + top + 1) * _INCHES), dpi=130, facecolor="white")
@@ -144,7 +144,12 @@ def draw(report: RewriteReport, path: Path) -> Path:
     axes.axis("off")
     for i, line in enumerate(lines):
         axes.text(
-            0, -top + 0.8 + 1.3 * i, line, fontsize=10 if i == 0 else 8, weight="bold" if i == 0 else "normal", va="center"
+            0,
+            -top + 0.5 + (1.0 * i + 0.3 if i else 0.0),
+            line,
+            fontsize=10 if i == 0 else 8,
+            weight="bold" if i == 0 else "normal",
+            va="center",
         )
     _legend(axes, nodes, -2.4, scale)
     for panel, (x, y) in zip(shown, places, strict=True):

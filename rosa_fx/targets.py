@@ -175,7 +175,7 @@ def _named(weights: ModelWeights, pattern: str, excluded: set[str]) -> list[Weig
     if not found:
         raise RosaError(
             f"targets: the pattern {pattern!r} matches nothing usable (a target is a floating-point weight with two "
-            f"dimensions, or with more outside the modules of torch): {_some(reasons)}"
+            f"dimensions, or with more outside the modules of torch, 1 x 1 convolutions aside): {_some(reasons)}"
         )
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rosa_fx.model_weights import ModelWeights, Weight
+from rosa_fx.model_weights import ModelWeights, Weight, not_a_product
 from rosa_fx.output_head import output_heads
 from rosa_fx.passes.report import GraphReport
 from rosa_fx.spec import pattern_matcher
@@ -17,8 +17,7 @@ _ALONE: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Embedding, "an embedding's table"),
     (nn.EmbeddingBag, "an embedding's table"),
     (nn.Bilinear, "nn.Bilinear multiplies it with two inputs, which is no linear product"),
-    (nn.modules.conv._ConvTransposeNd, "a transposed convolution, which is no product with a matrix"),
-    (nn.modules.conv._ConvNd, "a convolution; one of kernel size 1 can be named by a pattern"),
+    (nn.modules.conv._ConvNd, "a convolution of kernel size 1: name it by a pattern"),
 )
 
 
@@ -71,6 +70,8 @@ def _reason(weights: ModelWeights, weight: Weight, head: bool, linear: bool, flo
     if unusable := weights.unusable(weight):
         return unusable
     for module, _ in weight.owners:
+        if isinstance(module, nn.modules.conv._ConvNd) and (why := not_a_product(module)):
+            return why
         for kind, reason in _ALONE:
             if isinstance(module, kind):
                 return reason

@@ -153,12 +153,15 @@ def test_merge_gives_an_ordinary_model(trained: tuple[Path, str], model_dir: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
-def test_explain_accounts_for_every_weight(model_dir: Path, data: Path) -> None:
+def test_explain_accounts_for_every_weight(model_dir: Path, data: Path, tmp_path: Path) -> None:
     report = json.loads(run("explain", "-m", model_dir, "-d", data, "--json", *TINY).stdout)
     assert len(report["targets"]) == 2 * 7
     assert {target["status"] for target in report["targets"]} == {"fused"}
     assert report["graph_breaks"] == 0
-    table = run("explain", "-m", model_dir, *TINY, "--target", "*up_proj*").output
+    picture = tmp_path / "model.svg"
+    table = run("explain", "-m", model_dir, *TINY, "--target", "*up_proj*", "--picture", picture).output
+    assert picture.read_bytes().startswith(b"<?xml")
+    assert "is an .svg or a .png file" in one_line(run("explain", "-m", model_dir, "--picture", "model.gif", code=1).output)
     assert "model.layers.1.mlp.up_proj.weight" in table
     assert "2 targets: 2 fused" in table
 
