@@ -112,7 +112,7 @@ Inductor would see it, forward and backward, compared with eager (relative error
 2⁻¹²); one AdamW step; the merged model's outputs compared with the transformed model's.
 
 *Unused* targets were not read with these inputs (an image tower in a call with text only). *Stacked* counts parameters with
-three dimensions (experts, also position tables), which `all-linear` leaves out.
+three dimensions that `all-linear` leaves out: no product is seen in the source (position tables and the like).
 *Breaks* are graph breaks with rosa_fx / of the bare model.
 """
     lines = [
@@ -157,7 +157,7 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for name, shape, reason in row.get("reasons", []):
             for part in reason.split("; "):
-                if not part.startswith(("rank capped", "density ")):
+                if not part.startswith(("rank capped", "density ", "read as ")):
                     kind = re.sub(r" at \S+:\d+.*$| \(?\S+\.py:\d+.*$", "", re.sub(r"\[[\d, ]*\]", "[…]", part))
                     found[kind].setdefault(row["name"], f"`{name}` {shape}: {part}")
     lines = []

@@ -39,11 +39,12 @@ def check(model_type: str, class_name: str) -> dict[str, Any]:
 def _check(model: nn.Module, inputs: dict[str, Any], row: dict[str, Any]) -> None:
     row["stage"] = "bare"
     row["breaks_bare"] = bare_breaks(model, inputs)
-    others = [m for m in model.modules() if not isinstance(m, nn.modules.conv._ConvNd)]
-    row["stacked"] = sum(p.dim() == 3 for m in others for p in m._parameters.values() if p is not None)
+    convolutions = {id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters()}
+    stacked = {name for name, p in model.named_parameters() if p.dim() == 3 and id(p) not in convolutions}
     row["stage"] = "transform"
     spec = rosa_fx.RosaSpec(rank=RANK, alpha=2.0 * RANK, density=DENSITY, base="nf4")
     rosa_fx.transform(model, spec)
+    row["stacked"] = len(stacked - state_of(model).targets.keys())
     fill(model)
     row["stage"] = "eager"
     expected, expected_grads = step(model, model, inputs)

@@ -23,7 +23,7 @@ Spelling = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Holder(nn.Module):
     """A model with one raw weight and one bias, used as `fn` spells it."""
 
-    def __init__(self, fn: Spelling, shape: tuple[int, int], bias: int) -> None:
+    def __init__(self, fn: Spelling, shape: tuple[int, ...], bias: int) -> None:
         super().__init__()
         self.fn = fn
         self.weight = nn.Parameter(torch.randn(shape) * 0.1)
@@ -33,7 +33,7 @@ class Holder(nn.Module):
         return self.fn(x, self.weight, self.bias)
 
 
-def prepared(fn: Spelling, shape: tuple[int, int], base: str = "nf4", **spec: Any) -> Holder:
+def prepared(fn: Spelling, shape: tuple[int, ...], base: str = "nf4", **spec: Any) -> Holder:
     """Transformed, with a random mask and every adapter tensor away from zero."""
     model = Holder(fn, shape, 32)
     settings = {"base": base, "rank": 4, "density": 0.1, "targets": ["weight"]} | spec
@@ -80,8 +80,8 @@ def exact(model: Holder, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     leaves = [t.detach().to(dtype).requires_grad_() for t in (term.low_rank.A, term.low_rank.B, term.sparse.values)]
     A, B, values = leaves
     mask = term.sparse.mask
-    S = torch.zeros(term.shape, dtype=dtype).index_put((mask.rows(), mask.cols.long()), values)
-    weight = rosa_fx.base_weight(model, "weight").to(dtype) + S + term.scale * (B @ A)
+    S = torch.zeros(term.matrix, dtype=dtype).index_put((mask.rows(), mask.cols.long()), values).view(term.shape)
+    weight = rosa_fx.base_weight(model, "weight").to(dtype) + S + term.scale * (B @ A).view(term.shape)
     x = x.detach().to(dtype).requires_grad_()
     y = model.fn(x, weight, model.bias.detach().to(dtype))
     torch.manual_seed(7)
