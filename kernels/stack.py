@@ -33,7 +33,7 @@ class Stack:
         """(base, delta, layout) of one matrix, or of the part of it that `region` says."""
         start, stop = index * self.rows, (index + 1) * self.rows
         form, base = self._form.part(self._base, self.layout.shape, start, stop)
-        delta = [tensor for term in self._delta for tensor in term[index]]
+        delta = [tensor for matrix in self._delta for tensor in matrix(index)]
         layout = self.layout
         one = Layout((self.rows, self.columns), layout.dtype, form, layout.terms, layout.strict)
         return list(base), delta, one if region is None else one.part(region)

@@ -27,6 +27,9 @@ from rosa_fx.passes.views import SAME_ELEMENTS, Traced, is_getitem, is_view, mat
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
+# Stands for a number of rows that is not static. Only views that do not depend on it can be followed.
+_ANY = 1_000_003
+
 
 @dataclass(frozen=True)
 class StackOperand:
@@ -46,7 +49,7 @@ class StackOperand:
 
 def stack_operand(node: Node) -> StackOperand | None:
     """`node` [E, ·, ·] as all matrices of a materialised stack, or as some that were gathered from it."""
-    traced, copies = trace(node), 1
+    traced, copies = trace(node, batch=_ANY), 1
     if traced is None:
         traced, copies = _broadcast(node)
     if traced is None:
@@ -57,14 +60,16 @@ def stack_operand(node: Node) -> StackOperand | None:
     if traced.source.target is not ops.materialize.default:
         return None
     layout = Layout.parse(str(traced.source.args[2]))
-    shown = _same_of_each(traced.shadow, layout.stack, layout.each_shape, traced.source)
-    return None if shown is None or layout.stack == 1 else StackOperand(traced.source, layout, *shown, copies=copies)
+    if layout.stack == 1 or traced.shadow.dim() != 3 or traced.shadow.shape[0] != layout.stack:
+        return None
+    shown = _same_of_each(traced.shadow, layout.each_shape, traced.source)
+    return None if shown is None else StackOperand(traced.source, layout, *shown, copies=copies)
 
 
-def _same_of_each(shadow: torch.Tensor, stack: int, shape: tuple[int, int], source: Node) -> tuple[bool, Region] | None:
-    """(transposed, region of each) if `shadow` [E, ·, ·] shows the same part of each of the matrices in a stack."""
+def _same_of_each(shadow: torch.Tensor, shape: tuple[int, int], source: Node) -> tuple[bool, Region] | None:
+    """(transposed, region of each) if `shadow` [E, ·, ·] shows the same part of each of E matrices of `shape` in a row."""
     rows, columns = shape
-    if shadow.dim() != 3 or shadow.shape[0] != stack or (stack > 1 and shadow.stride(0) != rows * columns):
+    if shadow.dim() != 3 or (shadow.shape[0] > 1 and shadow.stride(0) != rows * columns):
         return None
     return matrix_region(Traced(source, shadow[0]), shape)
 
@@ -120,7 +125,7 @@ def _gathered_operand(traced: Traced, table: Node, index: Node) -> StackOperand 
     if inner is None or inner.index is not None or inner.copies != 1 or chosen is None or chosen.dim() != 3:
         return None
     shape = int(chosen.shape[1]), int(chosen.shape[2])
-    shown = _same_of_each(traced.shadow, int(chosen.shape[0]), shape, traced.source)
+    shown = _same_of_each(traced.shadow, shape, traced.source)
     if shown is None or shown[1] != (0, shape[0], 0, shape[1]):
         return None
     return StackOperand(inner.source, inner.layout, inner.transposed != shown[0], inner.region, index)
@@ -303,12 +308,12 @@ def _scattered_product(node: Node, turned: bool, scale: float, region: Region) -
     known = isinstance(indices, (list, tuple)) and len(indices) == 1 and isinstance(piece, Node)
     if not known or accumulate != [True] or not zeros(into):
         return None
-    traced = trace(piece)  # type: ignore[arg-type]
+    traced = trace(piece, batch=_ANY)  # type: ignore[arg-type]
     val = None if traced is None else value(traced.source)
     if traced is None or val is None or val.dim() != 3:
         return None
     shape = int(val.shape[1]), int(val.shape[2])
-    shown = _same_of_each(traced.shadow, int(val.shape[0]), shape, traced.source)
+    shown = _same_of_each(traced.shadow, shape, traced.source)
     factors = _batched_factors(traced.source)
     if shown is None or shown[1] != (0, shape[0], 0, shape[1]) or factors is None:
         return None
@@ -338,6 +343,8 @@ def _broadcast_product(node: Node, turned: bool, scale: float, region: Region) -
     inner, dims = node.args[0], node.args[1]
     wide, out = value(inner), value(node)
     if not isinstance(inner, Node) or dims != [0] or wide is None or wide.dim() != 4 or out is None:
+        return None
+    if not isinstance(wide.shape[0], int):
         return None
     product = inner
     while (is_view(product) or product.target in SAME_ELEMENTS) and isinstance(product.args[0], Node):

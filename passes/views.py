@@ -63,9 +63,10 @@ def value(node: object) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def trace(node: Node) -> Traced | None:
+def trace(node: Node, batch: int | None = None) -> Traced | None:
     """The nearest ancestor of `node` that is neither view nor cast, and the shadow of `node` over it.
 
+    `batch` stands for the ancestor's first size where that is not static.
     None if a step cannot be expressed by strides (a reshape that has to copy, sizes that are not static).
     """
     chain: list[Node] = []
@@ -76,9 +77,14 @@ def trace(node: Node) -> Traced | None:
             return None
         node = parent
     source = value(node)
-    if source is None or not all(isinstance(size, int) for size in source.shape):
+    if source is None:
         return None
-    shadow: Any = torch.empty(source.shape, device="meta")
+    sizes = list(source.shape)
+    if batch is not None and sizes and not isinstance(sizes[0], int):
+        sizes[0] = batch
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    shadow: Any = torch.empty(sizes, device="meta")
     for step in reversed(chain):
         if step.target in SAME_ELEMENTS:
             continue

@@ -77,6 +77,26 @@ def test_spelling_is_fused_forward_and_backward(name: str) -> None:
     assert_budget(run(model, model, x), plain, truth, factor=FLOAT32)
 
 
+@pytest.mark.parametrize("gathered", [True, False])
+def test_changed_number_of_rows_compiles_nothing_new_under_dynamic(gathered: bool) -> None:
+    def spelled(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        index = (x[:, 0] > 0).long()
+        if gathered:
+            return torch.bmm(w[index], x.unsqueeze(-1)).squeeze(-1)
+        import transformers.integrations.moe  # noqa: F401  (registers the operator)
+
+        return torch.ops.transformers.grouped_mm_fallback(x, w.mT, F.one_hot(index, E).sum(0).cumsum(0))
+
+    model = prepared(spelled, (E, N, K), rank=2, density=0.2)
+    call, reports = rewritten(model, dynamic=True)
+    for rows in (5, 8, 13):
+        x = torch.randn(rows, K)
+        for ours, theirs in zip(run(call, model, x), run(model, model, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert len(reports) == 1
+    assert reports[0].counts == {"linear": 1, "linear_t": 1, "linear_grads": 1, "dense": 0}
+
+
 def test_grouped_mm_in_bfloat16() -> None:
     """Where `_grouped_mm` compiles, it is what the graph holds, three times."""
     torch.manual_seed(0)
@@ -249,7 +269,7 @@ def test_inspection_masks_files_copies_and_merge(base: str, tmp_path: Path) -> N
 
 
 def test_adapter_of_another_reading_is_refused(tmp_path: Path) -> None:
-    _, model = mixture()
+    plain, model = mixture()
     rosa_fx.save_adapter(model, tmp_path / "a")
 
     class Other(Mixture):
@@ -257,8 +277,10 @@ def test_adapter_of_another_reading_is_refused(tmp_path: Path) -> None:
             return torch.bmm(x, self.out)
 
     other = Other()
-    other.load_state_dict(Mixture().state_dict())
-    with pytest.raises(rosa_fx.RosaError, match=r"does not fit|is no target|matrices is"):
+    other.load_state_dict(plain.state_dict())
+    with pytest.raises(
+        rosa_fx.RosaError, match=r"out: matrices is \(1, 8, 8\) in the adapter .* and \(8, 2, 4\) in this model"
+    ):
         rosa_fx.load_adapter(other, tmp_path / "a")
 
 

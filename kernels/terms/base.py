@@ -11,7 +11,7 @@ itself, out = dy W with dy [M, N] and out [M, K], which is both grad-input and t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,10 +59,10 @@ class Term(ABC):
         if dense is not None:
             weight.copy_(weight.to(dtype) + dense)
 
-    def split(self, tensors: Sequence[Tensor], stack: int) -> list[Sequence[Tensor]]:
-        """The tensors of the term for each matrix of a stack, as views where possible."""
+    def split(self, tensors: Sequence[Tensor], stack: int) -> Callable[[int], Sequence[Tensor]]:
+        """The tensors of the term for a matrix of a stack, by the matrix's number; views where possible."""
         assert not self.contributes, f"term {self.kind!r} is not defined for stacks"
-        return [tensors] * stack
+        return lambda index: tensors
 
     def grads_of_stack(
         self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int

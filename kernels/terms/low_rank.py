@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,16 +47,16 @@ class LowRank(Term):
         else:
             super().fold_(weight, tensors)
 
-    def split(self, tensors: Sequence[Tensor], stack: int) -> list[Sequence[Tensor]]:
-        A, B = tensors
-        return [(A[index], B[index]) for index in range(stack)]
+    def split(self, tensors: Sequence[Tensor], stack: int) -> Callable[[int], Sequence[Tensor]]:
+        return lambda index: [tensor[index] for tensor in tensors]
 
     def grads_of_stack(
         self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
     ) -> list[Tensor]:
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        matrix = self.split(tensors, stack)
         for index, dy, x in pieces:
-            for whole, part in zip(grads, self.grads(dy, x, [tensor[index] for tensor in tensors])):
+            for whole, part in zip(grads, self.grads(dy, x, matrix(index))):
                 whole[index] += part
         return grads
 

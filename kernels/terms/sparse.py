@@ -8,9 +8,8 @@ master copy is float32: here `values` is that master copy and keeps every small 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -37,28 +36,30 @@ class Sparse(Term):
     def fold_(self, weight: Tensor, tensors: Sequence[Tensor]) -> None:
         scatter_add_(weight, *tensors)
 
-    def split(self, tensors: Sequence[Tensor], stack: int) -> list[Sequence[Tensor]]:
+    def split(self, tensors: Sequence[Tensor], stack: int) -> Callable[[int], Sequence[Tensor]]:
         values, row_offsets, cols = tensors
-        return [
-            (values[start:stop], row_offsets[row : row_stop + 1] - start, cols[start:stop])
-            for row, row_stop, start, stop in self._bounds(row_offsets, stack)
-        ]
+        rows, bounds = self._bounds(row_offsets, stack)
+
+        def matrix(index: int) -> Sequence[Tensor]:
+            start, stop = bounds[index : index + 2]
+            offsets = row_offsets[index * rows : (index + 1) * rows + 1] - start
+            return values[start:stop], offsets, cols[start:stop]
+
+        return matrix
 
     @staticmethod
-    def _bounds(row_offsets: Tensor, stack: int) -> list[tuple[int, int, int, int]]:
-        """Rows [start, stop) and entries [start, stop) of each matrix of a stack. Waits for the device."""
+    def _bounds(row_offsets: Tensor, stack: int) -> tuple[int, list[int]]:
+        """Rows of each matrix of a stack, and where its entries begin and the last one's end. Waits for the device."""
         rows = (row_offsets.numel() - 1) // stack
-        bounds = row_offsets[::rows].tolist()
-        return [(i * rows, (i + 1) * rows, start, stop) for i, (start, stop) in enumerate(pairwise(bounds))]
+        return rows, row_offsets[::rows].tolist()
 
     def grads_of_stack(
         self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
     ) -> list[Tensor]:
-        parts, bounds = self.split(tensors, stack), self._bounds(tensors[1], stack)
+        matrix, (_, bounds) = self.split(tensors, stack), self._bounds(tensors[1], stack)
         out = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
         for index, dy, x in pieces:
-            _, _, start, stop = bounds[index]
-            out[start:stop] += self.grads(dy, x, parts[index])[0]
+            out[bounds[index] : bounds[index + 1]] += self.grads(dy, x, matrix(index))[0]
         return [out]
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
