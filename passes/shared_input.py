@@ -164,7 +164,8 @@ def _layers(node: Node) -> Iterator[Layer]:
         return
     layout = Layout.parse(str(key))
     found = [(item, tensors) for item, tensors in layout.split(delta) if type(item) is LowRank]  # type: ignore[arg-type]
-    if len(found) != 1 or len({value(operand).dtype for operand in operands}) != 1:  # type: ignore[union-attr]
+    # The matrices of a stack have a factor each.
+    if layout.stack > 1 or len(found) != 1 or len({value(operand).dtype for operand in operands}) != 1:  # type: ignore[union-attr]
         return
     item, tensors = found[0]
     assert isinstance(item, LowRank)

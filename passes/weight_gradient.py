@@ -115,6 +115,9 @@ def _products(node: Node, turned: bool, region: Region, scale: float) -> Iterato
     """The products in `node`, which fills `region` of dW (its transpose does if `turned`); None for what is none."""
     rows, columns = region[1] - region[0], region[3] - region[2]
     wanted = (columns, rows) if turned else (rows, columns)
+    alone = _placed_matrices(node, 1)
+    if alone is not None and len(alone) == 1 and value(node).shape[0] == 1:  # type: ignore[union-attr]
+        node = alone[0][0]  # the one of a part of a stack
     traced = _traced(node, wanted)
     val = None if traced is None else value(traced.source)
     if traced is None or val is None or val.dim() < 2 or val.numel() != rows * columns:
@@ -150,7 +153,7 @@ def _traced(node: Node, shape: tuple[int, ...]) -> Traced | None:
         return None
     try:
         return Traced(traced.source, traced.shadow.view(shape))
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
 
 
@@ -201,11 +204,10 @@ def _placed_matrices(node: Node, stack: int) -> list[tuple[Node, int]] | None:
         if not zeros(into) or dim != 0 or not isinstance(piece, Node) or not isinstance(index, int):
             return None
         return [(piece, index % stack)]
-    if node.target is aten.cat.default and node.args[1:] in ((), (0,)):
-        pieces: Any = node.args[0]
-        sizes = [0 if (val := value(piece)) is None else int(val.shape[0]) for piece in pieces]
-        return [(piece, index) for index, piece in enumerate(pieces)] if sizes == [1] * stack else None
-    return None
+    found = _pieces(node, 3)
+    if found is None or any(dim != 0 or stop != start + 1 for _, dim, start, stop in found):
+        return None
+    return [(piece, start) for piece, _, start, _ in found]
 
 
 def _placed_blocks(node: Node) -> list[tuple[Node, Region]] | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+import rosa_fx.kernels.grouped_ops  # noqa: F401  (registers the operators)
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.passes.fuse_linear import PRODUCTS
 from rosa_fx.passes.report import GraphReport, Other, Use, Work, module_path
@@ -23,6 +24,12 @@ aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
 _FUSED = {ops.linear.default: "product", ops.linear_t.default: "product", ops.linear_grads.default: "gradient"}
+# Every row meets one matrix of the stack.
+_GROUPED = {
+    ops.grouped_linear.default: "product",
+    ops.grouped_linear_t.default: "product",
+    ops.grouped_linear_grads.default: "gradient",
+}
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 
 
@@ -42,6 +49,9 @@ def count_work(graph: Graph, report: GraphReport, use_of: Callable[[Node], Use])
         if node.target in _FUSED:
             rows, columns = Layout.parse(str(node.args[-1])).out_shape
             work = Work(_FUSED[node.target], _rows(node.args[0]), rows, columns)
+            use_of(node).work.append(work)
+        elif node.target in _GROUPED:
+            work = Work(_GROUPED[node.target], _rows(node.args[0]), *Layout.parse(str(node.args[-1])).each_shape)
             use_of(node).work.append(work)
         elif node in dense:
             use, kind = dense[node]
