@@ -30,12 +30,12 @@ from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
 from rosa_fx.passes.report import GraphReport, Use, weight_name
 from rosa_fx.passes.shared_input import share_inputs
+from rosa_fx.passes.straighten import straighten_product
 from rosa_fx.passes.views import SAME_ELEMENTS, is_view, value
 from rosa_fx.passes.work import count_work
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
-
 
 
 def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphReport:
@@ -61,6 +61,9 @@ def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphRe
         key = replace(Layout.parse(str(layout)), region=None).key
         return report.use(by_delta.get((tuple(delta), key)) or weight_name(node), key)  # type: ignore[arg-type]
 
+    for target in (aten.mm.default, aten.bmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            straighten_product(graph, node)
     for target, fuse in _rewrites():
         for node in graph.find_nodes(op="call_function", target=target):
             found = fuse(graph, node)

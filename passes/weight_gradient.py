@@ -19,12 +19,11 @@ from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.base import Region, Shape
 from rosa_fx.passes.fuse_experts import StackProduct, stack_product, zeros
 from rosa_fx.passes.fuse_linear import emit, emit_transpose
+from rosa_fx.passes.straighten import FLATTENS, axes_of, reorder, split_axes
 from rosa_fx.passes.views import SAME_ELEMENTS, Traced, matrix_region, trace, value
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
-
-FLATTENS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,10 @@ def _products(node: Node, turned: bool, region: Region, scale: float) -> Iterato
         node = alone[0][0]  # the one of a part of a stack
     traced = _traced(node, wanted)
     val = None if traced is None else value(traced.source)
-    if traced is None or val is None or val.dim() < 2 or val.numel() != rows * columns:
+    if traced is None:
+        yield _reordered(node, turned, region, wanted, scale)
+        return
+    if val is None or val.dim() < 2 or val.numel() != rows * columns:
         yield None
         return
     source = traced.source
@@ -144,6 +146,30 @@ def _products(node: Node, turned: bool, region: Region, scale: float) -> Iterato
     else:
         factors = _matrix_product(source)
         yield None if factors is None else Product(*factors, turned, scale, region)
+
+
+def _reordered(node: Node, turned: bool, region: Region, wanted: Shape, scale: float) -> Product | None:
+    """A product [(d n), h] that was permuted into [h, (n d)]: the product of its factors in the order of the weight."""
+    traced = trace(node)
+    val = None if traced is None else value(traced.source)
+    if traced is None or val is None or val.dim() < 2 or val.numel() != math.prod(wanted):
+        return None
+    shadow, split = traced.shadow, split_axes(traced.shadow, wanted[0])
+    factors = _matrix_product(traced.source)
+    if split is None or factors is None or shadow.numel() != val.numel():
+        return None
+    below = int(val.shape[-1])  # a stride from here on moves along the rows of the product, a smaller one along its columns
+    sides = [{shadow.stride(dim) >= below for dim in dims} for dims in split]
+    if sides not in ([{True}, {False}], [{False}, {True}]):
+        return None
+    flipped = sides[0] == {False}
+    # Features in the order of the product become those in the order of the weight: back from what sorting makes of them.
+    rows, columns = (axes_of([shadow.shape[d] for d in dims], [shadow.stride(d) for d in dims]).inverse for dims in split)
+    left, right = factors
+    with node.graph.inserting_before(node):
+        left = reorder(node.graph, left, -2, columns if flipped else rows)
+        right = reorder(node.graph, right, -1, rows if flipped else columns)
+    return Product(left, right, turned != flipped, scale, region)
 
 
 def _traced(node: Node, shape: tuple[int, ...]) -> Traced | None:

@@ -97,6 +97,41 @@ def test_changed_number_of_rows_compiles_nothing_new_under_dynamic(gathered: boo
     assert reports[0].counts == {"linear": 1, "linear_t": 1, "linear_grads": 1, "dense": 0}
 
 
+class Contractions(nn.Module):
+    """Einsums over merged axes, which reach the graph in alphabetical order whatever that of the weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split = nn.Parameter(torch.randn(8, 3, 4) * 0.3)
+        self.swapped = nn.Parameter(torch.randn(8, 3, 4) * 0.3)
+        self.merge = nn.Parameter(torch.randn(8, 3, 4) * 0.3)
+        self.three = nn.Parameter(torch.randn(8, 2, 3, 4) * 0.3)
+        self.first = nn.Parameter(torch.randn(2, 3, 4, 8) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("ibnd,hnd->ibh", torch.einsum("ibh,hnd->ibnd", x, self.split), self.merge)
+        y = torch.einsum("ibh,hnd->ibdn", x, self.swapped).repeat(1, 1, 1, 2)
+        y = torch.einsum("ibdcn,hcnd->ibh", y.unflatten(3, (2, 3)), self.three)
+        return torch.einsum("ixyz,zxyh->ih", y.view(10, 1, 1, 8).expand(10, 3, 4, 8)[..., :2], self.first)
+
+
+def test_axes_in_another_order_than_they_are_stored() -> None:
+    torch.manual_seed(0)
+    model = rosa_fx.transform(Contractions(), RosaSpec(rank=2, density=0.2))
+    fill(model)
+    readings = {target.name: str(target.reading) for target in rosa_fx.state.state_of(model).targets.values()}
+    expected = dict.fromkeys(("split", "swapped", "merge"), "a matrix 8 x 12")
+    assert readings == expected | {"three": "a matrix 8 x 24", "first": "a matrix 24 x 8"}
+    x = torch.randn(2, 5, 8)
+    call, reports = rewritten(model, fullgraph=True)
+    actual = run(call, model, x)
+    assert reports[0].counts["linear"] + reports[0].counts["linear_t"] == 10
+    assert (reports[0].counts["linear_grads"], reports[0].counts["dense"]) == (5, 0)
+    eager = run(model, model, x)
+    wide = run(model.double(), model, x.double())
+    assert_budget(actual, eager, wide, factor=FLOAT32)
+
+
 def test_grouped_mm_in_bfloat16() -> None:
     """Where `_grouped_mm` compiles, it is what the graph holds, three times."""
     torch.manual_seed(0)
