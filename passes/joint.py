@@ -30,6 +30,7 @@ from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
 from rosa_fx.passes.report import GraphReport, Use, weight_name
 from rosa_fx.passes.shared_input import share_inputs
+from rosa_fx.passes.split_cat import split_concatenations
 from rosa_fx.passes.straighten import straighten_product
 from rosa_fx.passes.views import SAME_ELEMENTS, is_view, value
 from rosa_fx.passes.work import count_work
@@ -50,6 +51,7 @@ def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphRe
     _merge_equal(weights)
     weights = [node for node in weights if not node._erased]
     join_backwards(graph)
+    split_concatenations(graph)
     names = {node: weight_name(node) for node in weights}
     by_delta = {_identity(node): names[node] for node in weights}
     for node in weights:

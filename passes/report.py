@@ -106,14 +106,10 @@ def normalise(path: str) -> str:
 
 
 def source_line(node: Node) -> str:
-    """Where in the user's code a node came from, forward or backward: `file.py:12: text`.
-
-    Torch's own line where none of the user's is involved, as in `nn.Sequential`; empty where capture left nothing.
-    """
+    """Where in the user's code a node came from, forward or backward: `file.py:12: text`, or nothing."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
-    frames = [frame for frame in frames if not frame[0].endswith(("rosa_fx/weight.py", "/nn/utils/parametrize.py"))]
-    if not frames:
-        return ""
-    file, line, text = ([frame for frame in frames if not frame[0].startswith(_TORCH)] or frames)[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line}: {text.strip()}"
+    for file, line, text in reversed(frames):
+        if not file.startswith(_TORCH) and not file.endswith("rosa_fx/weight.py"):
+            return f"{file.rsplit('/', 1)[-1]}:{line}: {text.strip()}"
+    return ""

@@ -122,13 +122,17 @@ def _products(node: Node, turned: bool, region: Region, scale: float) -> Iterato
     if traced is None:
         yield _reordered(node, turned, region, wanted, scale)
         return
-    if val is None or val.dim() < 2 or val.numel() != rows * columns:
+    if val is None or val.dim() < 2:
         yield None
         return
     source = traced.source
     shown = matrix_region(traced, (int(val.shape[-2]), int(val.shape[-1])))
     if shown is None:
         yield None
+        return
+    if val.numel() != rows * columns:
+        part = _part(source, shown[1])
+        yield None if part is None else Product(*part, turned != shown[0], scale, region)
         return
     turned = turned != shown[0]
     factor, added, placed = _constant_factor(source), _added(source), _placed(source)
@@ -170,6 +174,17 @@ def _reordered(node: Node, turned: bool, region: Region, wanted: Shape, scale: f
         left = reorder(node.graph, left, -2, columns if flipped else rows)
         right = reorder(node.graph, right, -1, rows if flipped else columns)
     return Product(left, right, turned != flipped, scale, region)
+
+
+def _part(node: Node, region: Region) -> tuple[Node, Node] | None:
+    """The factors of part of a product of two matrices: rows of the left one, columns of the right one."""
+    left, right = node.args[:2] if node.target is aten.mm.default else (None, None)
+    if not (isinstance(left, Node) and isinstance(right, Node)):
+        return None
+    with node.graph.inserting_after(node):
+        columns = emit(node.graph, aten.slice.Tensor, right, 1, region[2], region[3])
+        rows = emit(node.graph, aten.slice.Tensor, left, 0, region[0], region[1])
+    return rows, columns
 
 
 def _traced(node: Node, shape: tuple[int, ...]) -> Traced | None:

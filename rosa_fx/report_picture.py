@@ -142,15 +142,9 @@ def draw(report: RewriteReport, path: Path) -> Path:
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set(xlim=(-0.5, width + 0.5), ylim=(height + 0.5, -top - 0.5))
     axes.axis("off")
-    for i, line in enumerate(lines):
-        axes.text(
-            0,
-            -top + 0.5 + (1.0 * i + 0.3 if i else 0.0),
-            line,
-            fontsize=10 if i == 0 else 8,
-            weight="bold" if i == 0 else "normal",
-            va="center",
-        )
+    axes.text(0, -top + 0.5, lines[0], fontsize=10, weight="bold", va="center")
+    for i, line in enumerate(lines[1:]):
+        axes.text(0, -top + 1.8 + i, line, fontsize=8, va="center")
     _legend(axes, nodes, -2.4, scale)
     for panel, (x, y) in zip(shown, places, strict=True):
         if isinstance(panel, Grid):

@@ -86,7 +86,7 @@ def _reason(weights: ModelWeights, weight: Weight, head: bool, linear: bool, flo
 
 def _computed_shape(weight: Weight) -> tuple[int, ...]:
     module, attribute = weight.owners[0]
-    chain = getattr(module, "parametrizations", {}).get(attribute)
+    chain = dict(getattr(module, "parametrizations", {})).get(attribute)
     held = (
         chain.parameters() if chain is not None else (p for name, p in module.named_parameters() if name.startswith(attribute))
     )

@@ -79,7 +79,8 @@ def test_help_names_every_command_and_loads_no_torch() -> None:
     assert all(name in run("--help").output for name in ("demo", "train", "explain", "merge"))
     for name in ("demo", "train", "explain", "merge"):
         assert "Example" in run(name, "--help").output
-    code = "import sys, rosa_fx.cli.app; print(any(m in sys.modules for m in ('transformers', 'matplotlib')))"
+    imports = "import sys, rosa_fx.cli.app, rosa_fx.report_picture"
+    code = f"{imports}; print(any(m in sys.modules for m in ('transformers', 'matplotlib')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,8 +47,8 @@ def leaving(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strided(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    part = w[:, ::2]
-    return x @ part  # where a product is
+    part = w[:, ::2]  # where a slice is
+    return x @ part
 
 
 def nested(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ def nested(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         (clamped, ["weight gradient comes from aten.where", "read by aten.clamp_min"], "a clamp is"),
         (beside, ["weight gradient comes from aten.sum", "read by aten.sum"], "a sum is"),
         (leaving, ["the weight itself leaves the graph"], "a view is"),
-        (strided, ["read by aten.mm.default -> [10, 16], which is not a product that can be fused"], "a product is"),
+        (strided, ["read by aten.mm.default -> [10, 16], which is not a product that can be fused"], "a slice is"),
         (nested, ["weight gradient comes from aten.", "read by aten."], "torch is called"),
     ],
     ids=["clamp", "sum", "output", "stride", "function of torch"],
@@ -84,17 +82,8 @@ def test_reason_and_line_of_masks_that_are_chosen_over_several_uses() -> None:
     rosa_fx.MaskSchedule(model, "wl0", micro_batches=1).begin_step()
     (target,) = rosa_fx.explain(model, torch.randn(3, 24)).targets
     assert "mask selection over 2 uses of one weight takes the dense gradient" in target.reason
-    assert "torch.tanh(x @ w) @ w" in target.source
+    assert target.source.endswith("self.weight, self.bias)"), "the line that reads the weight"
     assert (target.products, target.gradients) == (3, 0)
-
-
-def test_line_is_torchs_own_where_no_other_is_there() -> None:
-    """A module of torch that reads its weight in a way of its own, called by another module of torch."""
-    norm = nn.LayerNorm((6, 8))
-    rosa_fx.transform(norm, rosa_fx.RosaSpec(targets=["weight"], rank=2, density=0.0))
-    (target,) = rosa_fx.explain(norm, torch.randn(2, 6, 8)).targets
-    assert target.status == "dense"
-    assert target.source.startswith("normalization.py:")
 
 
 def test_unused_weights_say_so() -> None:
@@ -290,8 +279,3 @@ def test_a_picture_is_drawn(ending: str, start: bytes, tmp_path: Path) -> None:
         assert text.count("fill: #c3c9d2") == 1 + 2
     with pytest.raises(RosaError, match=r"\.svg or a \.png file, not 'picture.gif'"):
         made(names).picture(tmp_path / "picture.gif")
-
-
-def test_matplotlib_is_imported_for_pictures_only() -> None:
-    code = "import sys, rosa_fx.report, rosa_fx.report_picture; print('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
