@@ -46,7 +46,7 @@ def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphRe
     """
     report = GraphReport()
     weights = graph.find_nodes(op="call_function", target=ops.materialize.default)
-    if not weights:
+    if not weights and not work:
         return report
     _merge_equal(weights)
     weights = [node for node in weights if not node._erased]

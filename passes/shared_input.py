@@ -163,6 +163,8 @@ def _layers(node: Node) -> Iterator[Layer]:
     else:
         return
     layout = Layout.parse(str(key))
+    if layout.stack > 1:
+        return  # a low-rank part for each matrix
     found = [(item, tensors) for item, tensors in layout.split(delta) if type(item) is LowRank]  # type: ignore[arg-type]
     # The matrices of a stack have a factor each.
     if layout.stack > 1 or len(found) != 1 or len({value(operand).dtype for operand in operands}) != 1:  # type: ignore[union-attr]

@@ -1,7 +1,8 @@
 """What a rewritten weight costs, beside what it cost when it was dense and trained whole: bytes and FLOPs.
 
 Estimates from shapes. Counted are the products and what the terms add to them; element-wise work (dequantising, activations)
-and memory for gradients and optimizer states are not.
+and memory for gradients and optimizer states are not. Thin products
+that layers with one input share are counted for each of them.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
         blocked = self._computed_weights()
         by_parameter: dict[int, list[str]] = {}
         parameters: dict[int, nn.Parameter] = {}

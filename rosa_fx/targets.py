@@ -117,6 +117,11 @@ def _matching(weights: ModelWeights, field: str, pattern: str) -> list[Weight]:
     found = [weight for weight in weights.all if any(map(matches, weight.names))]
     if found:
         return found
+    if buffers := [name for name in weights.buffers if matches(name)]:
+        raise RosaError(
+            f"{field}: the pattern {pattern!r} matches no parameter of the model, only the buffer {buffers[0]!r}, which does not "
+            "train: make it an nn.Parameter, or leave it out"
+        )
     names = [name for weight in weights.all for name in weight.names]
     bare = pattern.removeprefix("re:").strip("*.^$")
     close = [name for name in names if bare and bare in name] or difflib.get_close_matches(bare, names, n=5, cutoff=0.4)

@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewritten_models import FLOAT32, Holder, Spelling, assert_budget, exact, prepared, rewritten, run
+from torch import Tensor
 
 import rosa_fx
+
+
+def ones(x: Tensor, *shape: int) -> Tensor:
+    """A tensor that is no weight, for a product in the dtype of x."""
+    return torch.ones(shape, dtype=x.dtype)
+
 
 # spelling -> (function, weight shape, input shape, products of the forward pass)
 SPELLINGS: dict[str, tuple[Spelling, tuple[int, int], tuple[int, ...], int]] = {
@@ -49,6 +56,26 @@ SPELLINGS: dict[str, tuple[Spelling, tuple[int, int], tuple[int, ...], int]] = {
     "weight @ vector": (lambda x, w, b: w @ x, (32, 24), (24,), 1),
     "mv": (lambda x, w, b: torch.mv(w.T, x), (24, 32), (24,), 1),
     "tiny, one row": (lambda x, w, b: F.linear(x, w, b[:8]), (8, 8), (1, 8), 1),
+    "one row of many": (lambda x, w, b: F.linear(x, w[5:6]), (32, 24), (2, 5, 24), 1),
+    "one column of many": (lambda x, w, b: x @ w[:, 7:8], (24, 32), (2, 5, 24), 1),
+    "conv1d": (lambda x, w, b: F.conv1d(x, w[:, :, None], b), (32, 24), (2, 24, 5), 1),
+    "conv1d, not batched": (lambda x, w, b: F.conv1d(x, w[:, :, None]), (32, 24), (24, 5), 1),
+    "conv1d of the transpose": (lambda x, w, b: F.conv1d(x, w.T[:, :, None], b), (24, 32), (2, 24, 5), 1),
+    "conv1d, some filters": (lambda x, w, b: F.conv1d(x, w[4:9, :, None], b[:5]), (32, 24), (2, 24, 5), 1),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w.view(32, 24, 1, 1), b).flatten(2), (32, 24), (2, 24, 5, 3), 1),
+    "conv2d, channels last": (
+        lambda x, w, b: F.conv2d(x.contiguous(memory_format=torch.channels_last), w[..., None, None]),
+        (32, 24),
+        (2, 24, 5, 3),
+        1,
+    ),
+    "conv3d": (lambda x, w, b: F.conv3d(x, w[..., None, None, None], b), (32, 24), (2, 24, 2, 3, 1), 1),
+    "cat, side by side": (lambda x, w, b: x @ torch.cat([w, ones(x, 24, 8)], 1), (24, 32), (2, 5, 24), 1),
+    "cat, along the contraction": (lambda x, w, b: x @ torch.cat([ones(x, 8, 32), w]), (24, 32), (2, 5, 32), 1),
+    "cat, transposed": (lambda x, w, b: F.linear(x, torch.cat([w, ones(x, 8, 24)]), ones(x, 40)), (32, 24), (2, 5, 24), 1),
+    "cat, on the left": (lambda x, w, b: torch.cat([w, ones(x, 8, 24)]) @ x.T, (32, 24), (7, 24), 1),
+    "cat, twice": (lambda x, w, b: x @ torch.cat([w, w], 1), (24, 32), (2, 5, 24), 2),
+    "vmapped heads": (lambda x, w, b: torch.vmap(lambda head: x @ head.T)(w.view(4, 8, 24)), (32, 24), (7, 24), 1),
     "one output": (lambda x, w, b: F.linear(x, w), (1, 24), (2, 5, 24), 1),
 }
 
@@ -97,7 +124,16 @@ UNFUSED: dict[str, tuple[Spelling, str]] = {
     "clamped": (lambda x, w, b: x @ w.clamp(-0.1, 0.1), "clamp"),
     "scaled": (lambda x, w, b: x @ (w * 2.0), "mul"),
     "summed beside the product": (lambda x, w, b: x @ w + w.sum(), "sum"),
+    "masked": (lambda x, w, b: x @ (w * ones(x, 24, 32)), "mul"),
     "every other column": (lambda x, w, b: x @ w[:, ::2], "mm"),
+    "a column as a vector": (lambda x, w, b: x @ w[:, 3], "mul"),
+    "rows by index": (lambda x, w, b: x[..., :2] @ w[torch.tensor([1, 7])], "index"),
+    "softmax of it": (lambda x, w, b: x @ w.softmax(-1), "softmax"),
+    "strided conv1d": (lambda x, w, b: F.conv1d(x.mT, w.T[:, :, None], stride=2), "convolution"),
+    "padded conv1d": (lambda x, w, b: F.conv1d(x.mT, w.T[:, :, None], padding=1), "convolution"),
+    "grouped conv1d": (lambda x, w, b: F.conv1d(x.mT, w[:, :12, None], groups=2), "convolution"),
+    "transposed conv1d": (lambda x, w, b: F.conv_transpose1d(x.mT, w[:, :, None]), "convolution"),
+    "bilinear": (lambda x, w, b: F.bilinear(x, x, w.view(1, 24, 32)[..., :24]), "aten."),
 }
 
 
