@@ -119,8 +119,8 @@ def _matching(weights: ModelWeights, field: str, pattern: str) -> list[Weight]:
         return found
     if buffers := [name for name in weights.buffers if matches(name)]:
         raise RosaError(
-            f"{field}: the pattern {pattern!r} matches no parameter of the model, only the buffer {buffers[0]!r}, which does not "
-            "train: make it an nn.Parameter, or leave it out"
+            f"{field}: the pattern {pattern!r} matches no parameter of the model, only the buffer {buffers[0]!r}, which does "
+            "not train: make it an nn.Parameter, or leave it out"
         )
     names = [name for weight in weights.all for name in weight.names]
     bare = pattern.removeprefix("re:").strip("*.^$")

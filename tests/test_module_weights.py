@@ -97,7 +97,7 @@ def test_recurrent_layers_are_left_alone_and_refused_by_name(kind: type[nn.RNNBa
 def test_a_buffer_that_is_multiplied_with_is_no_parameter() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     model.register_buffer("fixed", torch.randn(8, 8))
-    with pytest.raises(RosaError, match="only the buffer 'fixed', which does not train: make it an nn.Parameter"):
+    with pytest.raises(RosaError, match=r"only the buffer 'fixed', which does not train: make it an nn.Parameter"):
         rosa_fx.transform(model, rosa_fx.RosaSpec(targets=["fixed"]))
 
 
