@@ -24,7 +24,7 @@ aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
 _FUSED = {ops.linear.default: "product", ops.linear_t.default: "product", ops.linear_grads.default: "gradient"}
-# Every row meets one matrix of the stack.
+# Every row of a grouped product meets one matrix of the stack.
 _GROUPED = {
     ops.grouped_linear.default: "product",
     ops.grouped_linear_t.default: "product",
@@ -48,11 +48,10 @@ def count_work(graph: Graph, report: GraphReport, use_of: Callable[[Node], Use])
             continue
         if node.target in _FUSED:
             rows, columns = Layout.parse(str(node.args[-1])).out_shape
-            work = Work(_FUSED[node.target], _rows(node.args[0]), rows, columns)
-            use_of(node).work.append(work)
+            use_of(node).work.append(Work(_FUSED[node.target], _rows(node.args[0]), rows, columns))
         elif node.target in _GROUPED:
-            work = Work(_GROUPED[node.target], _rows(node.args[0]), *Layout.parse(str(node.args[-1])).each_shape)
-            use_of(node).work.append(work)
+            rows, columns = Layout.parse(str(node.args[-1])).each_shape
+            use_of(node).work.append(Work(_GROUPED[node.target], _rows(node.args[0]), rows, columns))
         elif node in dense:
             use, kind = dense[node]
             rows, columns = Layout.parse(use.layout).shape

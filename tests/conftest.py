@@ -19,7 +19,15 @@ from rosa_fx.mask import Mask
 
 # Tests are imported by path, which leaves their folder out; the modules that they share are imported by name.
 sys.path.append(str(Path(__file__).parent))
-pytest.register_assert_rewrite("adapter_models", "reference_rosa", "rewritten_models", "target_models", "trainer_models", "training_models")
+pytest.register_assert_rewrite(
+    "adapter_models",
+    "captured_models",
+    "reference_rosa",
+    "rewritten_models",
+    "target_models",
+    "trainer_models",
+    "training_models",
+)
 
 
 @dataclass

@@ -172,6 +172,7 @@ def test_heads_that_are_mapped_over() -> None:
     assert_close(run(call, model, x), run(model, model, x))
     (target,) = rosa_fx.explain(model, x).targets
     assert target.status == "fused"
+    assert target.flops_before == 2 * (2 * 5 * 4 * 8 * 24), "y and dW, as if the heads were one weight"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
