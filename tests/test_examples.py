@@ -108,6 +108,24 @@ def test_not_hugging_face(tmp_path: Path) -> None:
     assert difference < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("example", "targets"),
+    [
+        ("mixer", ["mix_in", "mix_out", "widen.weight", "narrow.weight"]),
+        ("state_space", [f"blocks.{i}.{name}" for i in range(2) for name in ("packed", "carry")]),
+    ],
+)
+def test_odd_models(example: str, targets: list[str], tmp_path: Path) -> None:
+    # What `explain` captures is rewritten; the steps run without generated code, which would take most of a minute.
+    printed = run(ROOT / "examples" / f"{example}.py", "--steps", "9", "--eager", cwd=tmp_path)
+    assert re.findall(r"^(\S+) .* (?:fused|dense|unused)\b", printed, flags=re.MULTILINE) == targets
+    assert "4 targets: 4 fused, 0 dense, 0 unused; 0 graph breaks, 0 recompiles" in printed
+    first, last = numbers(r"loss (\d+\.\d+)", printed)
+    assert last < first
+    (difference,) = numbers(r"outputs differ by at most (\S+)", printed)
+    assert difference < 1e-3
+
+
 def test_quickstart_is_short() -> None:
     lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 22
