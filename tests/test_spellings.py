@@ -74,7 +74,7 @@ SPELLINGS: dict[str, tuple[Spelling, tuple[int, int], tuple[int, ...], int]] = {
     "cat, along the contraction": (lambda x, w, b: x @ torch.cat([ones(x, 8, 32), w]), (24, 32), (2, 5, 32), 1),
     "cat, transposed": (lambda x, w, b: F.linear(x, torch.cat([w, ones(x, 8, 24)]), ones(x, 40)), (32, 24), (2, 5, 24), 1),
     "cat, on the left": (lambda x, w, b: torch.cat([w, ones(x, 8, 24)]) @ x.T, (32, 24), (7, 24), 1),
-    "cat, twice": (lambda x, w, b: x @ torch.cat([w, w], 1), (24, 32), (2, 5, 24), 2),
+    "cat of its own parts": (lambda x, w, b: x @ torch.cat([w[:, 8:], w[:, :8]], 1), (24, 32), (2, 5, 24), 2),
     "vmapped heads": (lambda x, w, b: torch.vmap(lambda head: x @ head.T)(w.view(4, 8, 24)), (32, 24), (7, 24), 1),
     "one output": (lambda x, w, b: F.linear(x, w), (1, 24), (2, 5, 24), 1),
 }
@@ -126,7 +126,7 @@ UNFUSED: dict[str, tuple[Spelling, str]] = {
     "summed beside the product": (lambda x, w, b: x @ w + w.sum(), "sum"),
     "masked": (lambda x, w, b: x @ (w * ones(x, 24, 32)), "mul"),
     "every other column": (lambda x, w, b: x @ w[:, ::2], "mm"),
-    "a column as a vector": (lambda x, w, b: x @ w[:, 3], "mul"),
+    "a column as a vector": (lambda x, w, b: (x * w[:, 3]).sum(-1), "mul"),
     "rows by index": (lambda x, w, b: x[..., :2] @ w[torch.tensor([1, 7])], "index"),
     "softmax of it": (lambda x, w, b: x @ w.softmax(-1), "softmax"),
     "strided conv1d": (lambda x, w, b: F.conv1d(x.mT, w.T[:, :, None], stride=2), "convolution"),
