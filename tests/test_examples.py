@@ -118,7 +118,7 @@ def test_not_hugging_face(tmp_path: Path) -> None:
 def test_odd_models(example: str, targets: list[str], tmp_path: Path) -> None:
     # What `explain` captures is rewritten; the steps run without generated code, which would take most of a minute.
     printed = run(ROOT / "examples" / f"{example}.py", "--steps", "9", "--eager", cwd=tmp_path)
-    assert re.findall(r"^(\S+) .* (?:fused|dense|unused)\b", printed, flags=re.MULTILINE) == targets
+    assert re.findall(r"^(\S+)  .* (?:fused|dense|unused)\b", printed, flags=re.MULTILINE) == targets
     assert "4 targets: 4 fused, 0 dense, 0 unused; 0 graph breaks, 0 recompiles" in printed
     first, last = numbers(r"loss (\d+\.\d+)", printed)
     assert last < first
