@@ -55,8 +55,9 @@ def select_targets(model: nn.Module, spec: RosaSpec) -> list[Target]:
     :mod:`rosa_fx.linear_uses`). It leaves out embeddings (and whatever shares its Parameter with one), the output head (the
     rule: :func:`rosa_fx.output_head.output_heads`), recurrent layers, convolutions, ``nn.Bilinear``, weights without
     elements, and weights that are already packed, except those of bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. A
-    weight left out so can be named by a pattern, if it is floating-point, not shared with an embedding, and 2-D or outside
-    the modules of torch. Patterns match any name of a shared weight; parameters with one dimension that a pattern also
+    weight left out so can be named by a pattern, if it is floating-point, not shared with an embedding, and 2-D, outside
+    the modules of torch or the filters of a convolution of kernel size 1 (stride 1, no padding, one group), which are read
+    as one matrix. Patterns match any name of a shared weight; parameters with one dimension that a pattern also
     matches, such as biases, are no targets.
 
     A weight with more than two dimensions is read as the source of its class shows: ``einsum("ibh,hnd->ibnd", x, w)`` as the

@@ -73,7 +73,7 @@ def test_hand_written_model() -> None:
     assert names(HandWritten(), targets="positions") == ["positions"]
     out = only(HandWritten(), targets="out", rank=2)
     assert (out.shape, str(out.reading), out.note) == ((8, 2, 4), "8 matrices 2 x 4", "read as 8 matrices 2 x 4")
-    with pytest.raises(RosaError, match=r"'weight' has 4 dimensions and belongs to Conv2d"):
+    with pytest.raises(RosaError, match=r"'weight' belongs to a convolution with kernel_size \(3, 3\), not 1"):
         names(nn.Conv2d(4, 4, 3, bias=False), targets="weight")
     # A pattern may match things that are no targets, as long as something is.
     mixed = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
@@ -190,8 +190,9 @@ def test_modules_that_are_not_linear() -> None:
     assert names(model, targets="cell.*") == ["cell.weight_ih", "cell.weight_hh"]
     with pytest.raises(RosaError, match=r"'lstm.weight_ih_l0', which is read by LSTM through its own flat list"):
         names(model, targets="lstm.*")
-    with pytest.raises(RosaError, match=r"matches nothing usable.*'conv.weight' has 3 dim.*'conv.bias' has 1 dim"):
-        names(model, targets="conv.*")
+    assert names(model, targets="conv.*") == ["conv.weight"], "of kernel size 1, which is a product"
+    with pytest.raises(RosaError, match=r"matches nothing usable.*'bilinear.weight' has 3 dim.*'bilinear.bias' has 1 dim"):
+        names(model, targets="bilinear.*")
 
 
 # The output head
