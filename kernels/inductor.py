@@ -249,6 +249,31 @@ def template_output(
     return node
 
 
+def flat_template(name: str, block: str, source: str) -> Any:
+    """A `TritonTemplate` whose output has one dimension, cut into pieces of `block` elements."""
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    @SymbolicGridFn
+    def pieces(size: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+        return cdiv(size, meta[block]), 1, 1
+
+    return TritonTemplate(name=name, grid=pieces, source=source)
+
+
+def graph() -> Any:
+    """The graph that is being lowered."""
+    from torch._inductor.virtualized import V
+
+    return V.graph
+
+
+def contiguous(node: Any) -> Any:
+    """`node` as a contiguous buffer; itself if it is one."""
+    from torch._inductor.ir import ExternKernel
+
+    return ExternKernel.require_contiguous(node)
+
+
 def triton_devices() -> bool:
     """Whether this process wants Triton kernels: on CUDA if `ROSA_FX_TRITON=1`, or where Inductor runs Triton on the CPU.
 
