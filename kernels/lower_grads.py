@@ -75,7 +75,7 @@ def _linear_grads(dy: Any, x: Any, delta: Sequence[Any], key: str) -> list[Any] 
     layout = Layout.parse(key)
     sizes = [*dy.get_size(), *x.get_size()]
     supported = dy.get_dtype() == x.get_dtype() and x.get_dtype() in _DTYPES and 0 not in sizes
-    if not (supported and inductor.generates_triton(x.get_device())):
+    if layout.stack > 1 or not (supported and inductor.generates_triton(x.get_device())):
         return None
     makers: list[Callable[[Any, Any, Sequence[Any], Layout], list[Any]]] = []
     for item, tensors in layout.split(delta):

@@ -35,7 +35,7 @@ class Operands:
     x: Any
     bias: Any
     weight: list[Any]
-    low_rank: tuple[Any, Any] | None
+    low_rank: tuple[Any, ...] | None
     scale: float
     sparse: list[Any]
 
@@ -81,17 +81,18 @@ def _lower(x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], key: st
 def _operands(
     x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], layout: Layout, transposed: bool
 ) -> Operands | None:
-    low_rank: tuple[Any, Any] | None = None
+    low_rank: tuple[Any, ...] | None = None
     scale = 1.0
     sparse: list[Any] = []
     for item, tensors in layout.split(delta):
         nodes: list[Any] = list(tensors)
         if not item.contributes or 0 in nodes[0].get_size():
             continue
-        if not all(inductor.is_static(node) for node in nodes):
+        # A product with the activations, behind A and B, has as many rows as those.
+        if not all(inductor.is_static(node) for node in (nodes[:2] if isinstance(item, LowRank) else nodes)):
             return None
         if isinstance(item, LowRank) and low_rank is None:
-            low_rank, scale = (nodes[0], nodes[1]), item.scale
+            low_rank, scale = tuple(nodes), item.scale
         elif isinstance(item, Sparse) and not sparse:
             sparse = nodes
         else:
@@ -148,7 +149,9 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
 def _thin(operands: Operands) -> Any:
     """x Aᵀ [M, R], or x (s B) [M, R] if transposed, as a product that Inductor sees."""
     assert operands.low_rank is not None
-    A, B = operands.low_rank
+    A, B, *given = operands.low_rank
+    if given:
+        return given[0]
     dtype = operands.product.dtype
     if operands.product.transposed:
         wide = inductor.lower(aten.mul.Tensor, inductor.cast(B, torch.float32), operands.scale)

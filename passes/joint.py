@@ -2,8 +2,8 @@
 
 The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and
 the backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients,
-account for what is left, share what layers with one input have in common. What is left stays right: the dense weight is
-computed for it, and the report says why.
+account for what is left. What is left stays right: the dense weight is computed for it, and the report says why. Last, layers
+with one input share what they have in common.
 """
 
 from __future__ import annotations

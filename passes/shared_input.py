@@ -125,7 +125,10 @@ class Layer:
 
 @dataclass
 class Shared:
-    """What was shared: stacked products, thin products with several users, stacked gradients; `deltas` of the products that take one."""
+    """What was shared: stacked products, thin products with several users, stacked gradients.
+
+    `deltas`: of each `linear` and `linear_t` that takes such a product, the tensors that it had before.
+    """
 
     stacked: int = 0
     reused: int = 0
@@ -142,7 +145,8 @@ def share_inputs(graph: Graph) -> Shared:
     for layer in layers:
         products = [made.get((_identity(source), factor)) for source, factor in layer.products()]
         if layer.node.target is ops.linear_grads.default:
-            if any(product is not None for product in products):
+            # Without products neither A's nor B's gradient is asked for: they go.
+            if not products or any(product is not None for product in products):
                 for gradient in _take_apart(graph, layer, made):
                     gradients[gradient.of_a, _identity(gradient.right)].append(gradient)
         elif products[0] is not None:
@@ -165,15 +169,13 @@ def _layers(node: Node) -> Iterator[Layer]:
     layout = Layout.parse(str(key))
     if layout.stack > 1:
         return  # a low-rank part for each matrix
-    found = [(item, tensors) for item, tensors in layout.split(delta) if type(item) is LowRank]  # type: ignore[arg-type]
-    # The matrices of a stack have a factor each.
-    if layout.stack > 1 or len(found) != 1 or len({value(operand).dtype for operand in operands}) != 1:  # type: ignore[union-attr]
+    tensors: list[Any] = list(delta)  # type: ignore[arg-type]
+    found = [(item, own[0]) for item, own in layout.split(tensors) if type(item) is LowRank]
+    if len(found) != 1 or len({value(operand).dtype for operand in operands}) != 1:  # type: ignore[union-attr]
         return
-    item, tensors = found[0]
-    assert isinstance(item, LowRank)
-    matrix: Any = tensors[0]
+    item, matrix = found[0]
     if value(matrix).numel():  # type: ignore[union-attr]
-        yield Layer(node, list(delta), layout, list(delta).index(matrix), item.scale)  # type: ignore[call-overload]
+        yield Layer(node, tensors, layout, tensors.index(matrix), item.scale)
 
 
 # --- thin products -----------------------------------------------------------------------------------------------
@@ -260,7 +262,9 @@ def _keeps_rows(node: Node) -> bool:
     if node.op != "call_function" or not (node.target in _ROW_MAJOR or node.target in _SAME):
         return False
     before, after = value(node.args[0]), value(node)
-    return before is not None and after is not None and bool(before.dim() and after.dim() and before.shape[-1] == after.shape[-1])
+    if before is None or after is None or not (before.dim() and after.dim()):
+        return False
+    return bool(before.shape[-1] == after.shape[-1])
 
 
 def _turns(node: Any) -> bool:
@@ -293,10 +297,7 @@ class Gradient:
         parameter = self.layer.delta[self.layer.at + (0 if self.of_a else 1)]
         val = value(parameter)
         assert val is not None
-        if self.of_a:
-            node = _cast(graph, node, val.dtype)
-        else:
-            node = _scaled(graph, node, self.layer.scale, val.dtype)
+        node = _cast(graph, node, val.dtype) if self.of_a else _scaled(graph, node, self.layer.scale, val.dtype)
         start, stop = self.layer.region[2:] if self.of_a else self.layer.region[:2]
         size = self.layer.layout.shape[1 if self.of_a else 0]
         if (start, stop) != (0, size):
@@ -345,8 +346,8 @@ def _rest(graph: Graph, layer: Layer, wanted: dict[int, list[Node]]) -> None:
     delta = [layer.delta[position] for position in positions]
     node = emit(graph, ops.linear_grads.default, *layer.node.args[:2], delta, layout.key)
     for index, trainable in enumerate(layout.trainable):
-        for item in wanted.get(positions[trainable], []):
-            item.replace_all_uses_with(emit(graph, operator.getitem, node, index))
+        for old in wanted.get(positions[trainable], []):
+            old.replace_all_uses_with(emit(graph, operator.getitem, node, index))
 
 
 def _emit_gradients(graph: Graph, group: list[Gradient]) -> int:

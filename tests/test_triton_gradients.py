@@ -1,4 +1,4 @@
-"""The Triton kernels of gradients, executed on the CPU: `triton_gradients.py` in a process of its own, where Triton is its interpreter."""
+"""The Triton kernels of gradients, executed on the CPU: `triton_gradients.py` in a process where Triton is its interpreter."""
 
 from __future__ import annotations
 

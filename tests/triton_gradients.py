@@ -186,9 +186,7 @@ SIZES = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 61])
 def test_any_shape(
     rows: int, n: int, k: int, rank: int, entries: str, dtype: torch.dtype, adapter_dtype: torch.dtype, only_sparse: bool
 ) -> None:
-    case = build(
-        rows, (n, k), rank=rank, entries=entries, dtype=dtype, adapter_dtype=adapter_dtype, only_sparse=only_sparse
-    )
+    case = build(rows, (n, k), rank=rank, entries=entries, dtype=dtype, adapter_dtype=adapter_dtype, only_sparse=only_sparse)
     code = check(case)
     assert not operator_calls(code)
     assert sum("_tem_" in name for name in kernels(code)) == (case.mask.nnz > 0)
