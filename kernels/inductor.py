@@ -260,6 +260,13 @@ def flat_template(name: str, block: str, source: str) -> Any:
     return TritonTemplate(name=name, grid=pieces, source=source)
 
 
+def call(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """A call of `op` as it is, on IR nodes."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
 def graph() -> Any:
     """The graph that is being lowered."""
     from torch._inductor.virtualized import V

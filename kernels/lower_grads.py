@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,14 +24,15 @@ import torch
 from rosa_fx.kernels import inductor
 from rosa_fx.kernels.heuristics import power_of_two
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
+from rosa_fx.kernels.triton_templates import FOLDER
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_SOURCE = Path(__file__).resolve().parent / "templates" / "sddmm.jinja"
 # Programs that fill a large device twice over.
 _PROGRAMS = 264
 
@@ -147,7 +147,7 @@ def _sparse(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
 
 @functools.cache
 def _template() -> Any:
-    return inductor.flat_template("rosa_sddmm", "BLOCK_E", _SOURCE.read_text())
+    return inductor.flat_template("rosa_sddmm", "BLOCK_E", (FOLDER / "sddmm.jinja").read_text())
 
 
 def _transposed(node: Any) -> Any:
@@ -173,4 +173,50 @@ def _like(node: Any) -> dict[str, Any]:
     return {"dtype": node.get_dtype(), "device": node.get_device()}
 
 
-_MAKERS: dict[type, Callable[[Any, Any, Sequence[Any], Layout], list[Any]]] = {LowRank: _low_rank, Sparse: _sparse}
+# --- collecting for masks ----------------------------------------------------------------------------------------
+
+
+def gradient_tiles(n: int, k: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tile of the weight gradient, and rows per step: 96 KiB of shared memory at most in three stages."""
+    most = 64 if dtype == torch.float32 else 128
+    return power_of_two(n, 16, most), power_of_two(k, 16, most), power_of_two(rows, 16, 32)
+
+
+def _weight_gradient(dy: Any, x: Any, layout: Layout) -> Any:
+    """dyᵀ x in float32, zero outside of the region: the products of 16-bit factors are exact, and none is converted first."""
+    row, row_stop, column, column_stop = layout.region or (0, layout.shape[0], 0, layout.shape[1])
+    size = [row_stop - row, column_stop - column]
+    rows = inductor.size_hint(x.get_size()[0])
+    tile_n, tile_k, step = gradient_tiles(size[0], size[1], rows, x.get_dtype())
+    options = {"BLOCK_M": tile_n, "BLOCK_N": tile_k, "BLOCK_S": step, "TRANSPOSED": False, "num_warps": 8, "num_stages": 3}
+    inputs = inductor.realize(dy, x)
+    out = inductor.template_output("rosa_weight_gradient", _gradient_template(), inputs, size, torch.float32, [options])
+    if layout.region is None:
+        return out
+    padding = [column, layout.shape[1] - column_stop, row, layout.shape[0] - row_stop]
+    return inductor.lower(aten.constant_pad_nd.default, out, padding)
+
+
+@functools.cache
+def _gradient_template() -> Any:
+    return inductor.triton_template("rosa_weight_gradient", False, (FOLDER / "weight_gradient.jinja").read_text())
+
+
+def _collect_gradient(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
+    """The dense weight gradient."""
+    return [_weight_gradient(dy, x, layout)]
+
+
+def _collect_topk(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
+    """The mask, from one dense buffer: its size is taken where the tiles are stored."""
+    (size,) = term[1].get_size()
+    score = inductor.lower(aten.abs.default, _weight_gradient(dy, x, layout))
+    return [inductor.call(ops.select_mask.default, score, (int(size) - 1) // 2)]
+
+
+_MAKERS: dict[type, Callable[[Any, Any, Sequence[Any], Layout], list[Any]]] = {
+    LowRank: _low_rank,
+    Sparse: _sparse,
+    CollectGradient: _collect_gradient,
+    CollectTopK: _collect_topk,
+}

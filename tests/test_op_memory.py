@@ -106,3 +106,20 @@ def test_collected_mask_leaves_without_the_dense_gradient(make_case: MakeCase) -
     assert max(tensor.untyped_storage().nbytes() for tensor in outputs) < 512 * 512
     # One dense float32 gradient while the mask is chosen.
     assert 4 * 512 * 512 <= seen.peak < 1.6 * 4 * 512 * 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["collect_topk", "collect_gradient"])
+def test_collecting_holds_one_dense_gradient(make_case: MakeCase, kind: str, dtype: torch.dtype) -> None:
+    """However many rows there are, and whatever their dtype: less than 1.1 times the float32 gradient of the layer."""
+    shape = 1024, 1024
+    case = make_case(shape, terms=(kind,), mask=0.006, m=2048, dtype=dtype)
+    dense = 4 * 1024 * 1024
+    with Allocations() as seen:
+        ops.linear_grads(case.dy, case.x, case.delta, case.layout.key)
+    assert dense <= seen.peak < 1.1 * dense
+    if kind == "collect_topk":
+        gradient = (case.dy.t() @ case.x).float()
+        with Allocations() as seen:
+            ops.materialize_backward(gradient, case.delta, case.layout.key)
+        assert seen.peak < 1.1 * dense

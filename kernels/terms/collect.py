@@ -20,8 +20,29 @@ from rosa_fx.kernels.terms.base import Shape, Term
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x [N, K] in float32: fp16 squares would underflow, and bf16 sums lose the order of close entries."""
-    return dy.t().float() @ x.float()
+    """dyᵀ x [N, K] in float32: fp16 squares would underflow, and bf16 sums lose the order of close entries.
+
+    Factors in another dtype are converted some rows at a time: of the size of the result there is the result alone.
+    """
+    if dy.dtype == x.dtype == torch.float32:
+        return dy.t() @ x
+    n, k = dy.shape[1], x.shape[1]
+    out = dy.new_zeros(n, k, dtype=torch.float32)
+    step = max(32, n * k // (16 * max(1, n + k)))
+    for left, right in zip(dy.split(step), x.split(step), strict=True):
+        out.addmm_(left.t().float(), right.float())
+    return out
+
+
+@torch.library.custom_op("rosa_fx::select_mask", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def select_mask(score: Tensor, nnz: int) -> Tensor:
+    """The gradient of a `CollectTopK` probe, float32 [1 + 2·nnz], from scores [N, K] that are not negative."""
+    return CollectTopK.encode(score, nnz)
+
+
+@select_mask.register_fake
+def _(score: Tensor, nnz: int) -> Tensor:
+    return score.new_empty(1 + 2 * nnz)
 
 
 @dataclass(frozen=True)
@@ -64,20 +85,20 @@ class CollectTopK(Term):
         return None
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self._encode(weight_gradient(dy, x).abs_(), tensors[0])
+        return [self.encode(weight_gradient(dy, x).abs_(), (tensors[0].numel() - 1) // 2)]
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self._encode(dW.float().abs(), tensors[0])
+        score = dW.abs() if dW.dtype == torch.float32 else dW.float().abs_()
+        return [self.encode(score, (tensors[0].numel() - 1) // 2)]
 
     @staticmethod
-    def _encode(score: Tensor, probe: Tensor) -> list[Tensor]:
-        nnz = (probe.numel() - 1) // 2
+    def encode(score: Tensor, nnz: int) -> Tensor:
         row_offsets, cols = select_topk(score, nnz)
-        out = probe.new_empty(probe.shape)
+        out = score.new_empty(1 + 2 * nnz)
         out[0] = 1
         out[1 : nnz + 1] = row_ids(row_offsets, nnz)
         out[nnz + 1 :] = cols
-        return [out]
+        return out
 
     @staticmethod
     def decode(grad: Tensor) -> tuple[int, Tensor, Tensor]:
