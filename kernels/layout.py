@@ -95,6 +95,16 @@ class Layout:
             yield item, delta[start:stop]
             start = stop
 
+    def only(self, keep: Sequence[bool]) -> tuple[Layout, list[int]]:
+        """The layout of those terms that have a tensor marked in `keep`, and where their tensors are in `delta`."""
+        terms: list[Term] = []
+        positions: list[int] = []
+        for item, own in self.split(range(len(keep))):  # type: ignore[arg-type]
+            if any(keep[position] for position in own):  # type: ignore[call-overload]
+                terms.append(item)
+                positions += own  # type: ignore[arg-type]
+        return replace(self, terms=tuple(terms)), positions
+
     @property
     def trainable(self) -> tuple[int, ...]:
         """Positions in `delta` of the tensors that receive gradients, in the order of the gradients."""

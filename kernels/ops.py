@@ -226,8 +226,14 @@ def _linear_backward(transposed: bool) -> Any:
             dbias = dy.sum_to_size(bias.shape).to(bias.dtype)
         # For out = x W the weight gradient is xᵀ dy: the factors change places.
         factors = (x, dy) if transposed else (dy, x)
-        grads = linear_grads(*factors, delta, ctx.layout)
-        return dx, dbias, [None] * len(base), scatter_grads(grads, ctx.layout, len(delta)), None
+        layout, positions = Layout.parse(ctx.layout).only(ctx.needs_input_grad[3])
+        ddelta: list[Tensor | None] = [None] * len(delta)
+        if positions:
+            wanted = [delta[position] for position in positions]
+            found = scatter_grads(linear_grads(*factors, wanted, layout.key), layout.key, len(wanted))
+            for position, grad in zip(positions, found, strict=True):
+                ddelta[position] = grad
+        return dx, dbias, [None] * len(base), ddelta, None
 
     return backward
 

@@ -332,17 +332,11 @@ def _take_apart(graph: Graph, layer: Layer, made: dict[tuple[Any, Factor], Node]
 
 def _rest(graph: Graph, layer: Layer, wanted: dict[int, list[Node]]) -> None:
     """A `linear_grads` of the other terms with a gradient that is asked for."""
-    start, positions = 0, []
-    terms = []
-    for item in layer.layout.terms:
-        own = range(start, start + len(item.tensor_names))
-        start += len(item.tensor_names)
-        if layer.at not in own and any(position in wanted for position in own):
-            terms.append(item)
-            positions += list(own)
-    if not terms:
+    others = range(layer.at, layer.at + 2)
+    keep = [position in wanted and position not in others for position in range(len(layer.delta))]
+    layout, positions = layer.layout.only(keep)
+    if not positions:
         return
-    layout = replace(layer.layout, terms=tuple(terms))
     delta = [layer.delta[position] for position in positions]
     node = emit(graph, ops.linear_grads.default, *layer.node.args[:2], delta, layout.key)
     for index, trainable in enumerate(layout.trainable):

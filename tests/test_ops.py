@@ -19,6 +19,8 @@ from torch import Tensor
 from rosa_fx.kernels import definition, ops
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms.low_rank import LowRank
+from rosa_fx.kernels.terms.sparse import Sparse
 
 MakeCase = Callable[..., Any]
 
@@ -281,3 +283,26 @@ def test_three_ways_to_the_same_gradients(make_case: MakeCase, terms: tuple[str,
         tolerance = (1e-6 if "collect_gradient" in terms else 1e-13) * first.abs().max()
         assert (first - second).abs().max() <= tolerance
         assert (first - third).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("op", [ops.linear, ops.linear_t])
+def test_only_gradients_that_are_asked_for_are_computed(make_case: MakeCase, op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen terms cost nothing in backward; a term with one trainable tensor is computed."""
+    case = make_case((12, 16))
+    x, dy = (case.x, case.dy) if op is ops.linear else (case.dy, case.x)
+    seen: list[list[str]] = [[]]
+    for kind in (LowRank, Sparse):
+        whole = kind.grads
+        monkeypatch.setattr(kind, "grads", lambda self, *args, whole=whole: (seen[-1].append(self.kind), whole(self, *args))[1])
+    factors = (dy, x) if op is ops.linear else (x, dy)
+    expected = dict(zip(("A", "B", "values"), ops.linear_grads(*factors, case.delta, case.layout.key), strict=True))
+    for wanted, kinds in (([], []), (["values"], ["sparse"]), (["B"], ["low_rank"]), (["A", "values"], ["low_rank", "sparse"])):
+        delta = [t.detach().requires_grad_(name in wanted) for name, t in zip(case.names, case.delta, strict=True)]
+        leaf = x.detach().requires_grad_()
+        y = op(leaf, None, case.base, delta, case.layout.key)
+        seen.append([])
+        y.backward(dy)
+        assert seen[-1] == kinds
+        grads = {name: t.grad for name, t in zip(case.names, delta, strict=True) if t.grad is not None}
+        assert list(grads) == wanted
+        assert all(torch.equal(grad, expected[name]) for name, grad in grads.items())
