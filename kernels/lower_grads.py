@@ -188,7 +188,7 @@ def _weight_gradient(dy: Any, x: Any, layout: Layout) -> Any:
     size = [row_stop - row, column_stop - column]
     rows = inductor.size_hint(x.get_size()[0])
     tile_n, tile_k, step = gradient_tiles(size[0], size[1], rows, x.get_dtype())
-    options = {"BLOCK_M": tile_n, "BLOCK_N": tile_k, "BLOCK_S": step, "TRANSPOSED": False, "num_warps": 8, "num_stages": 3}
+    options = {"BLOCK_M": tile_n, "BLOCK_N": tile_k, "BLOCK_K": step, "TRANSPOSED": False, "num_warps": 8, "num_stages": 3}
     inputs = inductor.realize(dy, x)
     out = inductor.template_output("rosa_weight_gradient", _gradient_template(), inputs, size, torch.float32, [options])
     if layout.region is None:

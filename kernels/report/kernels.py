@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -133,6 +133,25 @@ def _scratch(label: str, kind: str, transposed: bool, **fields: Any) -> Kernel:
     )
 
 
+def _gradient(name: str, kind: str, product: str, nnz: int) -> Kernel:
+    """The gradient that a term alone asks for; with `nnz` entries where it is sparse."""
+
+    def graph(architecture: Architecture) -> Graph:
+        dtype = operand_dtype(architecture)
+        key = Layout((SIDE, SIDE), dtype, base_format("dense"), (term(kind),)).key
+
+        def make() -> list[Tensor]:
+            factors = [torch.empty(TRAINING[0], SIDE, dtype=dtype, device="cuda") for _ in range(2)]
+            mask = [torch.empty(size, dtype=torch.int32, device="cuda") for size in (SIDE + 1, nnz)]
+            if kind != "sparse":
+                return [*factors, torch.empty((), device="cuda").expand(SIDE, SIDE)]
+            return [*factors, torch.empty(nnz, device="cuda"), *mask]
+
+        return (lambda dy, x, *delta: ops.linear_grads(dy, x, list(delta), key)[0]), make
+
+    return Kernel(name, "training", graph, product, nullcontext, packed=("DY", "X"), rows=TRAINING[0])
+
+
 _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("nf4", "nf4", {}),
     ("nf4 double quant", "nf4", {"double_quant": True}),
@@ -152,6 +171,8 @@ def _all() -> tuple[Kernel, ...]:
             found.append(_linear(label, kind, rows, True, False, **fields))
     for label, kind, fields in _FORMATS[:4]:
         found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]
+    found.append(_gradient("gradient of sparse values", "sparse", "rosa_sddmm", int(DENSITY * SIDE * SIDE)))
+    found.append(_gradient("collected weight gradient", "collect_gradient", "rosa_weight_gradient", 0))
     return tuple(found)
 
 

@@ -87,6 +87,8 @@ def _row(kernel: Kernel, architecture: Architecture, found: offline.Kernel, defa
 
 
 def _config(constants: dict[str, str], tile: tuple[int, int, int], row: Row) -> str:
+    if "BLOCK_E" in constants:
+        return f"{_number(constants, 'BLOCK_E')} entries, {_number(constants, 'BLOCK_M')} rows a step, {row.warps} warps"
     if "SCRATCH" in constants or not tile[0]:
         return f"{_number(constants, 'BLOCK_K')} columns, {row.warps} warps"
     splits = {name: value for name, value in sorted(constants.items()) if "SPLIT" in name and value != "1"}
