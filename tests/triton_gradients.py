@@ -168,7 +168,7 @@ SIZES = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 61])
 
 
 @settings(
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
