@@ -104,9 +104,10 @@ def build_case(
         "collect_gradient": [torch.zeros(()).expand(shape)],
         "collect_topk": [torch.zeros(1 + 2 * csr.nnz)],
     }
-    described = tuple(term(kind, **({"scale": scale} if kind == "low_rank" else {})) for kind in terms)
+    tensors["low_rank_given"] = [*tensors["low_rank"], torch.empty(0)]  # the product with x follows below
+    described = tuple(term(kind, **({"scale": scale} if "low_rank" in kind else {})) for kind in terms)
     weight_dtype = weight_dtype or dtype
-    return Case(
+    case = Case(
         layout=Layout(shape, weight_dtype, form, described),
         base=list(form.quantize((randn(N, K) * K**-0.5).to(weight_dtype))),
         delta=[tensor for kind in terms for tensor in tensors[kind]],
@@ -115,6 +116,9 @@ def build_case(
         dy=randn(m, N).to(dtype),
         bias=randn(N).to(adapter_dtype),
     )
+    if "product" in case.names:
+        case.delta[case.names.index("product")] = case.x @ case.delta[case.names.index("A")].to(dtype).t()
+    return case
 
 
 @pytest.fixture(scope="session")

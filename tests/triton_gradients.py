@@ -168,7 +168,7 @@ SIZES = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 61])
 
 
 @settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -212,7 +212,7 @@ def test_batches_strides_and_regions() -> None:
     case.dy = case.dy.t().contiguous().t()
     case.x = torch.randn(12, 64)[:, ::2]
     assert lowered(check(case))
-    for region in ((5, 12, 0, 32), (0, 20, 3, 30), (2, 4, 31, 32)):
+    for region in ((5, 12, 0, 32), (2, 4, 31, 32)):
         assert lowered(check(build(12, (20, 32), region=region)))
 
 

@@ -11,7 +11,7 @@ from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
 
-TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, LowRankGiven, Sparse, CollectGradient, CollectTopK)}
+TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, Sparse, CollectGradient, CollectTopK, LowRankGiven)}
 
 
 def term(kind: str, **fields: Any) -> Term:
