@@ -135,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rosa_fx.kernels.report.tables import show
     from rosa_fx.kernels.report.tools import tool
 
-    console = Console(soft_wrap=True)
+    # Wide enough for every column; a narrower terminal wraps lines, which cut cells would not bring back.
+    console = Console(width=max(Console().width, 160), soft_wrap=True)
     names = [kernel.name for kernel in KERNELS]
     if options.list:
         print("\n".join(names))
