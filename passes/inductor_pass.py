@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.fx import Graph
 
-from rosa_fx.kernels.inductor import CustomGraphPass, hash_files
+from rosa_fx.kernels.inductor import CustomGraphPass, hash_files, triton_devices
 from rosa_fx.kernels.lowering import register as register_lowerings
 from rosa_fx.passes.joint import rewrite
 
@@ -30,7 +30,8 @@ class RosaPass(CustomGraphPass):
         rewrite(graph)
 
     def uuid(self) -> bytes:
-        return hash_files(source_files())
+        # The same graph becomes other code where Triton kernels are asked for.
+        return hash_files(source_files()) + bytes([triton_devices()])
 
 
 ROSA_PASS = RosaPass()

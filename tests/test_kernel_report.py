@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,6 +22,7 @@ from rosa_fx.kernels.report.architectures import ARCHITECTURES
 from rosa_fx.kernels.report.occupancy import programs_in_flight, resident_programs, warpgroups
 from rosa_fx.kernels.report.rows import Row
 from rosa_fx.kernels.report.source_lines import load_lines
+from rosa_fx.passes.inductor_pass import ROSA_PASS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,7 +238,7 @@ DECODE = replace(GOOD, kernel="forward nf4, M = 16", phase="decode", traffic=(0.
         ({"issue_pressure": 0.56}, "issue pressure 0.56, limit 0.55"),
         ({"issue_pressure": None}, "issue pressure unknown"),
         ({"dense_ratio": 1.16}, "1.16 times the issue pressure of Inductor's own product"),
-        ({"warps": 4}, "1 resident warpgroups"),
+        ({"warps": 4, "shared": 120 << 10}, "1 resident warpgroups"),
         ({"width": 4}, "loaded 4 bytes wide, at least 8"),
     ],
 )
@@ -275,8 +278,8 @@ def test_bytes_asked_for_ahead() -> None:
 
 def test_tables_have_every_row() -> None:
     rows = [GOOD, replace(GOOD, default=False, config="64×64×32"), DECODE, replace(GOOD, arch="sm_80", error="no")]
-    with Console(width=200, record=True, file=open(os.devnull, "w")) as console:  # noqa: SIM115
-        tables.show(console, rows)
+    console = Console(width=200, record=True, file=io.StringIO())
+    tables.show(console, rows)
     text = console.export_text()
     for part in ("sm_90: forward nf4, M = 2048", "64×64×32", "0.51", "0.570 / 0.650", "does not compile: no"):
         assert part in text
@@ -323,6 +326,19 @@ def test_who_wins() -> None:
     assert all(len(line) == len(roofline.HEAD) for line in lines)
 
 
+# --- caches ------------------------------------------------------------------------------------------------------------
+
+
+def test_caches_tell_apart_who_asked_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was compiled without the kernels must not be served to who asks for them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ROSA_FX_TRITON", raising=False)
+    without = ROSA_PASS.uuid()
+    assert without == ROSA_PASS.uuid()
+    monkeypatch.setenv("ROSA_FX_TRITON", "1")
+    assert without != ROSA_PASS.uuid()
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +350,7 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(RosaError, match="no-such-tool is missing .*install"):
+    with pytest.raises(RosaError, match=r"no-such-tool is missing .*install"):
         tools.tool("no-such-tool")
 
 
@@ -342,9 +358,8 @@ def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     """One kernel for an H100 and an MI300X, through the command."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     file = tmp_path / "rows.json"
-    done = report(
-        *("--quick --kernel".split()), "forward nf4, M = 16", "--arch", "sm_90", "gfx942", "--jobs=1", f"--json={file}"
-    )
+    options = ["--quick", "--jobs=1", f"--json={file}"]
+    done = report(*options, "--kernel", "forward nf4, M = 16", "--arch", "sm_90", "gfx942")
     assert done.returncode == 0, done.stderr[-3000:]
     nvidia, amd = json.loads(file.read_text(encoding="utf-8"))
     assert (nvidia["arch"], amd["arch"]) == ("sm_90", "gfx942")

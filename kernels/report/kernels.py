@@ -18,9 +18,8 @@ from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.report.architectures import Architecture
 from rosa_fx.kernels.terms.registry import term
 
-# Rows of the shapes compiled: one token and the largest decode batch; a training batch. Weights are [SIDE, SIDE].
-DECODE = (1, 16)
-TRAINING = (2048,)
+# Rows of the shapes compiled: one token, the largest decode batch, a training batch. Weights are [SIDE, SIDE].
+ONE, DECODE, TRAINING = 1, 16, 2048
 SIDE = 4096
 RANK = 16
 DENSITY = 0.006
@@ -35,7 +34,8 @@ class Kernel:
     `graph(architecture)` gives a function and what makes its arguments on "cuda"; `lowering` is entered while it is lowered.
     product: its name in Inductor's choices begins so. packed: pointers of stored weights, of `bits` each. traffic: bytes per
     weight that must move, without and with the adapters. matches_dense: compare with Inductor's own product. pressure_bar:
-    whether the bars on issue pressure hold for it. rows: M of the example.
+    whether the bars on issue pressure hold for it. rows: M of the example. marker: part of the kernel's source, where the graph
+    has more than one template. every_config: False where configs beside the default would repeat another kernel's.
     """
 
     name: str
@@ -49,6 +49,8 @@ class Kernel:
     matches_dense: bool = False
     pressure_bar: bool = False
     rows: int = 0
+    marker: str = ""
+    every_config: bool = True
 
 
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "dense": 16}
@@ -116,6 +118,8 @@ def _linear(label: str, kind: str, rows: int, transposed: bool, sparse: bool, **
         matches_dense=kind == "dense" and phase == "training",
         pressure_bar=kind == "nf4" and phase == "training",
         rows=rows,
+        # FP4 is NF4 with another table, double quantisation two loads more per block, one row a mask of 16.
+        every_config=label in ("nf4", "int8", "dense") and rows != ONE,
     )
 
 
@@ -124,12 +128,12 @@ def _scratch(label: str, kind: str, transposed: bool, **fields: Any) -> Kernel:
     return Kernel(
         f"scratch for {direction} {label}",
         "training",
-        lambda architecture: _product(kind, TRAINING[0], transposed, True, operand_dtype(architecture), **fields),
+        lambda architecture: _product(kind, TRAINING, transposed, True, operand_dtype(architecture), **fields),
         "rosa_scratch",
         _way(False),
         packed=("Q",),
         bits=_BITS[kind],
-        rows=TRAINING[0],
+        rows=TRAINING,
     )
 
 
@@ -164,11 +168,11 @@ _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def _all() -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     for label, kind, fields in _FORMATS:
-        for rows in (*TRAINING, *DECODE):
-            # Beside a sparse part, the fused kernels exist for few rows and forward only.
-            sparse = rows <= heuristics.DECODE_ROWS
-            found.append(_linear(label, kind, rows, False, sparse, **fields))
-            found.append(_linear(label, kind, rows, True, False, **fields))
+        # Beside a sparse part, the fused kernels exist for few rows and forward only.
+        found += [
+            _linear(label, kind, rows, False, rows <= heuristics.DECODE_ROWS, **fields) for rows in (TRAINING, DECODE, ONE)
+        ]
+        found += [_linear(label, kind, rows, True, False, **fields) for rows in (TRAINING, DECODE)]
     for label, kind, fields in _FORMATS[:4]:
         found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]
     found.append(_gradient("gradient of sparse values", "sparse", "rosa_sddmm", int(DENSITY * SIDE * SIDE)))

@@ -48,12 +48,12 @@ def measure(kernel: Kernel, architecture: Architecture, only_default: bool = Fal
                 stack.enter_context(kernel.lowering())
                 lowering.register()
                 module = offline.generate(*kernel.graph(architecture), pick)
-                (found,) = [item for item in offline.kernels(module) if item.is_template]
+                (found,) = [item for item in offline.kernels(module) if item.is_template and kernel.marker in item.source]
                 yield _row(kernel, architecture, found, number == 0)
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
             yield Row(kernel.name, kernel.phase, architecture.name, f"choice {number}", number == 0, error=text)
-        count = 1 if only_default else pick.count
+        count = pick.count if kernel.every_config and not only_default else 1
         number += 1
 
 
@@ -87,10 +87,9 @@ def _row(kernel: Kernel, architecture: Architecture, found: offline.Kernel, defa
 
 
 def _config(constants: dict[str, str], tile: tuple[int, int, int], row: Row) -> str:
-    if "BLOCK_E" in constants:
-        return f"{_number(constants, 'BLOCK_E')} entries, {_number(constants, 'BLOCK_M')} rows a step, {row.warps} warps"
-    if "SCRATCH" in constants or not tile[0]:
-        return f"{_number(constants, 'BLOCK_K')} columns, {row.warps} warps"
+    if not all(tile):
+        blocks = [f"{name} {value}" for name, value in constants.items() if name.startswith("BLOCK_")]
+        return f"{', '.join(blocks)}, {row.warps} warps"
     splits = {name: value for name, value in sorted(constants.items()) if "SPLIT" in name and value != "1"}
     extra = "".join(f", {name.lower()} {value}" for name, value in splits.items())
     return f"{'×'.join(map(str, tile))}, {row.warps} warps, {row.stages} stages{extra}"
