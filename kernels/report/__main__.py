@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from rosa_fx.kernels.report.collect import collect
+from rosa_fx.kernels.report.rows import Row
 
 DOCUMENT = Path("docs/gpu_kernels.md")
 QUICK = ("forward nf4, M = 2048", "grad input nf4, M = 2048", "forward nf4, M = 16")
@@ -35,33 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(item: tuple[str, str, bool]) -> list[Any]:
-    """Rows of one kernel on one architecture."""
-    import torch
-
-    from rosa_fx.kernels.report.architectures import ARCHITECTURES
-    from rosa_fx.kernels.report.kernels import KERNELS
-    from rosa_fx.kernels.report.measure import measure
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    name, arch, only_default = item
-    (kernel,) = [kernel for kernel in KERNELS if kernel.name == name]
-    return list(measure(kernel, ARCHITECTURES[arch], only_default))
-
-
-def collect(kernels: Sequence[str], archs: Sequence[str], only_default: bool, jobs: int) -> list[Any]:
-    """Rows of every kernel on every architecture, in that order."""
-    items = [(kernel, arch, only_default) for arch in archs for kernel in kernels]
-    if jobs <= 1 or len(items) == 1:
-        found = map(_job, items)
-        return [row for rows in found for row in rows]
-    # A fresh process per worker: compilers keep threads, which a fork would lose.
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(items))) as pool:
-        return [row for rows in pool.imap(_job, items) for row in rows]
-
-
-def _pressures(rows: Sequence[Any]) -> dict[str, float]:
+def _pressures(rows: Sequence[Row]) -> dict[str, float]:
     from rosa_fx.kernels.report.roofline import DEVICES
 
     found = {}
@@ -73,7 +47,7 @@ def _pressures(rows: Sequence[Any]) -> dict[str, float]:
     return found
 
 
-def _roofline(rows: Sequence[Any], jobs: int) -> tuple[str, list[Sequence[str]]]:
+def _roofline(rows: Sequence[Row], jobs: int) -> tuple[str, list[Sequence[str]]]:
     """The head line, and the table."""
     from rosa_fx.kernels.report import roofline
 
@@ -85,7 +59,7 @@ def _roofline(rows: Sequence[Any], jobs: int) -> tuple[str, list[Sequence[str]]]
     return head + f"Pressure of the compiled kernel: {shown}.", list(roofline.table(pressures))
 
 
-def _document(rows: Sequence[Any], roofline: tuple[str, list[Sequence[str]]], misses: Sequence[str]) -> str:
+def _document(rows: Sequence[Row], roofline: tuple[str, list[Sequence[str]]], misses: Sequence[str]) -> str:
     from rosa_fx.kernels.report import roofline as model
     from rosa_fx.kernels.report.kernels import RANK, SIDE
     from rosa_fx.kernels.report.tables import LEGEND, grid, markdown

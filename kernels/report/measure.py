@@ -117,9 +117,9 @@ def _compiled(
     row = Row("", "", architecture.name, "", False, tile=tile, warps=compiled.warps, stages=compiled.pipeline)
     row = replace(row, registers=registers, stack=stack, spills=spills, shared=compiled.shared)
     row = replace(row, opcodes=dict(listing.opcodes().most_common(8)))
-    if not loop:
-        return row, loads
     macs = tile[0] * tile[1] * tile[2]
+    if not loop or not macs:
+        return row, loads
     loaded = sum(loads) * compiled.warps * architecture.device.warp_size
     turns = assembly.steps(loop, macs, compiled.warps, loaded, tile[1] * tile[2] * bits // 8)
     issued, half = (sum(getattr(item, kind) for item in loop) / turns for kind in ("vector", "half_rate"))
