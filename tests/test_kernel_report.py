@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rosa_fx.errors import RosaError
-from rosa_fx.kernels.report import amdgcn, assembly, bars, roofline, sass, tables, tools
+from rosa_fx.kernels.report import amdgcn, assembly, bars, files, roofline, sass, tables, tools
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 from rosa_fx.kernels.report.occupancy import programs_in_flight, resident_programs, warpgroups
 from rosa_fx.kernels.report.rows import Row
@@ -289,6 +289,20 @@ def test_tables_have_every_row() -> None:
     assert all(line.count(" | ") == page.splitlines()[2].count(" | ") for line in page.splitlines()[2:6] if "---" not in line)
 
 
+def test_rows_in_files(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    files.write(file, [GOOD, DECODE])
+    assert files.read(file) == [GOOD, DECODE]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["rows"][1]["in_flight"] == DECODE.in_flight
+    file.write_text(json.dumps(content | {"sources": "others"}), encoding="utf-8")
+    with pytest.raises(RosaError, match="is of other sources than there are now"):
+        files.read(file)
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(RosaError, match="holds no rows"):
+        files.read(file)
+
+
 # --- roofline ---------------------------------------------------------------------------------------------------------
 
 
@@ -361,7 +375,7 @@ def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     options = ["--quick", "--jobs=1", f"--json={file}"]
     done = report(*options, "--kernel", "forward nf4, M = 16", "--arch", "sm_90", "gfx942")
     assert done.returncode == 0, done.stderr[-3000:]
-    nvidia, amd = json.loads(file.read_text(encoding="utf-8"))
+    nvidia, amd = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert (nvidia["arch"], amd["arch"]) == ("sm_90", "gfx942")
     for row in (nvidia, amd):
         assert row["error"] == ""

@@ -6,13 +6,12 @@ Without options every kernel is compiled in every config that the heuristics can
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rosa_fx.kernels.report import files
 from rosa_fx.kernels.report.collect import collect
 from rosa_fx.kernels.report.rows import Row
 
@@ -29,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="list every limit that is missed, and exit with 1 if any is")
     parser.add_argument("--roofline", action="store_true", help="print the roofline table of Llama's linear weights instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--rows", type=Path, nargs="+", metavar="FILE", help="take the rows of --json, compile nothing")
     parser.add_argument("--write", action="store_true", help=f"write both tables to {DOCUMENT}, in the current directory")
     parser.add_argument("--list", action="store_true", help="print the names of the kernels and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes to compile with (one per CPU)")
@@ -137,13 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [name for name in names if name in QUICK]
     if not chosen:
         raise RosaError(f"--kernel {' '.join(options.kernel)} matches no kernel; --list prints their names")
-    rows = collect(chosen, archs, options.quick or options.default, options.jobs)
+    if options.rows:
+        rows = [row for file in options.rows for row in files.read(file)]
+        rows = [row for row in rows if row.arch in archs and row.kernel in chosen]
+    else:
+        rows = collect(chosen, archs, options.quick or options.default, options.jobs)
     misses = missed(rows, frozenset(kernel.name for kernel in KERNELS if kernel.pressure_bar))
     show(console, rows)
     if options.json:
-        derived = ("resident", "warpgroups", "in_flight", "latency_cover")
-        data = [dataclasses.asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
-        options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        files.write(options.json, rows)
     if options.write:
         DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(_document(rows, _roofline(rows, options.jobs), misses), encoding="utf-8")
