@@ -226,6 +226,7 @@ GOOD = Row(
     grid=256,
 )
 DECODE = replace(GOOD, kernel="forward nf4, M = 16", phase="decode", traffic=(0.57, 0.65), grid=512, stages=4, registers=96)
+DECODE = replace(DECODE, tile=(16, 32, 128), issue_pressure=4.0, pipe_pressure=3.0)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,7 @@ def test_each_limit_is_named(change: dict[str, object], said: str) -> None:
         ({"width": 8}, "loaded 8 bytes wide, at least 16"),
         ({"traffic": (0.6, 0.7)}, "0.600 bytes moved per weight"),
         ({"grid": 32}, "32 programs in flight ask for"),
+        ({"pipe_pressure": 6.0}, "issuing takes 1.14 times as long as moving the bytes"),
     ],
 )
 def test_limits_of_few_rows(change: dict[str, object], said: str) -> None:
@@ -306,13 +308,16 @@ def test_rows_in_files(tmp_path: Path) -> None:
 # --- roofline ---------------------------------------------------------------------------------------------------------
 
 
+HIDDEN = roofline.Pressures(few=1.0, many=0.9)
+
+
 def test_floor_by_hand() -> None:
     """7B's q on an A100: one row is bound by 9.4 MB + adapters over 2.04 TB/s, 8192 rows by FLOPs over 312 TFLOP/s."""
-    one = roofline.predict(4096, 4096, 1, "A100", 1.0)
+    one = roofline.predict(4096, 4096, 1, "A100", HIDDEN)
     weights = 4096 * 4096
     assert one.moved == pytest.approx(weights * 0.5625 + 16 * 8192 * 4 + 0.006 * weights * 8 + 4097 * 4 + 2 * 8192)
     assert one.floor == pytest.approx(one.moved / 2.04e12)
-    many = roofline.predict(4096, 4096, 8192, "A100", 1.0)
+    many = roofline.predict(4096, 4096, 8192, "A100", HIDDEN)
     assert many.flops == pytest.approx(2 * 8192 * (weights * 1.006 + 16 * 8192))
     assert many.floor == pytest.approx(many.flops / 312e12)
 
@@ -324,7 +329,7 @@ def test_floor_by_hand() -> None:
     st.floats(0.1, 4),
 )
 def test_nothing_is_below_the_floor(shape: tuple[int, int], rows: int, device: str, pressure: float) -> None:
-    found = roofline.predict(*shape, rows, device, pressure)
+    found = roofline.predict(*shape, rows, device, roofline.Pressures(2 * pressure, pressure))
     assert found.fused >= found.floor
     assert found.materialise >= found.floor
     assert found.wins == ("fused" if found.fused <= found.materialise else "materialise")
@@ -332,10 +337,15 @@ def test_nothing_is_below_the_floor(shape: tuple[int, int], rows: int, device: s
 
 
 def test_who_wins() -> None:
-    assert roofline.predict(4096, 4096, 1, "H100", 4.0).wins == "fused"
-    assert roofline.predict(4096, 4096, 8192, "H100", 2.0).wins == "materialise"
-    assert roofline.predict(4096, 4096, 8192, "H100", 0.9).why == "decoding hides behind the products"
-    lines = list(roofline.table({"A100": 1.0, "H100": 1.0}))
+    slow = roofline.Pressures(few=17.6, many=2.0)
+    assert roofline.predict(4096, 4096, 1, "H100", HIDDEN).why.startswith("bound by bytes")
+    few = roofline.predict(4096, 4096, 1, "H100", slow)
+    assert few.wins == "fused"
+    assert few.why.startswith("bound by issuing")
+    assert few.fused == pytest.approx(17.6 * 2 * 16 * 4096 * 4096 / 989e12)
+    assert roofline.predict(4096, 4096, 8192, "H100", slow).wins == "materialise"
+    assert roofline.predict(4096, 4096, 8192, "H100", HIDDEN).why == "decoding hides behind the products"
+    lines = list(roofline.table({"A100": HIDDEN, "H100": slow}))
     assert len(lines) == (3 + 4) * 2 * 5
     assert all(len(line) == len(roofline.HEAD) for line in lines)
 

@@ -17,6 +17,8 @@ TRAINING_WIDTH = 8
 DECODE_WIDTH = 16
 # Share of a memory latency's bytes that a decode kernel keeps under way.
 LATENCY_COVER = 1.0
+# Time to issue a decode kernel's loop over time to move its bytes.
+ISSUE_OVER_BYTES = 1.0
 
 
 def missed(rows: Iterable[Row], pressure_bar: frozenset[str]) -> list[str]:
@@ -57,6 +59,8 @@ def _loads(row: Row) -> Iterator[str]:
         return
     if row.kernel.split(",")[0].endswith(("nf4", "fp4", "double quant")) and row.traffic[0] > TRAFFIC:
         yield f"{row.traffic[0]:.3f} bytes moved per weight, limit {TRAFFIC}"
+    if row.issue_over_bytes is not None and row.issue_over_bytes > ISSUE_OVER_BYTES:
+        yield f"issuing takes {row.issue_over_bytes:.2f} times as long as moving the bytes, limit {ISSUE_OVER_BYTES:g}"
     if row.latency_cover is not None and row.latency_cover < LATENCY_COVER:
         share = f"{row.latency_cover:.2f} of a latency's bytes"
         yield f"{row.in_flight} programs in flight ask for {share}, limit {LATENCY_COVER:g}"

@@ -13,7 +13,7 @@ from rosa_fx.kernels.inductor import hash_files
 from rosa_fx.kernels.report import tools
 from rosa_fx.kernels.report.rows import Row
 
-_DERIVED = ("resident", "warpgroups", "in_flight", "latency_cover")
+_DERIVED = ("resident", "warpgroups", "in_flight", "latency_cover", "issue_over_bytes")
 _KERNELS = Path(__file__).resolve().parent.parent
 
 

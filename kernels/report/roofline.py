@@ -4,17 +4,20 @@ For y = x (D(Q) + S)ᵀ + s (x Aᵀ) Bᵀ with x [M, K] in bf16, NF4 with blocks
 the tensor cores, W: memory bandwidth. A library's product reaches 95 % of P.
 
     floor       the larger of FLOPs / P and bytes / W, each operand moved once
-    fused       the larger of FLOPs / (0.95 P) × max(1, pressure) and bytes / W: the loop also has to issue what decodes
+    fused       the larger of FLOPs / (0.95 P) × max(1, pressure) and bytes / W: the loop also has to issue what decodes;
+                up to 16 rows, of FLOPs of 16 rows / P × pressure and bytes / W: such a kernel always decodes for 16
     materialise bytes of packed weight, scratch buffer written / W, then a library's product that reads the scratch buffer
 
-`pressure` is that of the compiled default kernel: the larger of issue and pipe pressure.
+`pressure` is that of the compiled default kernels for few and for many rows: the larger of issue and pipe pressure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from rosa_fx.kernels.heuristics import DECODE_ROWS
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 
 PREDICTION = "prediction, not a measurement"
@@ -31,6 +34,13 @@ SHAPES = {
 }
 
 
+class Pressures(NamedTuple):
+    """Of the compiled kernel for up to 16 rows, and of the one for more."""
+
+    few: float
+    many: float
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One product. Bytes, FLOPs; times in seconds; `wins` is "fused" or "materialise"."""
@@ -44,7 +54,7 @@ class Prediction:
     why: str
 
 
-def predict(n: int, k: int, m: int, device: str, pressure: float) -> Prediction:
+def predict(n: int, k: int, m: int, device: str, pressure: Pressures) -> Prediction:
     """The forward product of M rows with a weight [N, K] on "A100" or "H100"."""
     architecture = ARCHITECTURES[DEVICES[device]]
     weights = n * k
@@ -54,7 +64,11 @@ def predict(n: int, k: int, m: int, device: str, pressure: float) -> Prediction:
     flops = 2.0 * m * weights + 2.0 * m * RANK * (n + k) + 2.0 * m * DENSITY * weights
     moved = packed + adapters + activations
     memory, compute = moved / architecture.bandwidth, flops / architecture.flops
-    fused = max(memory, compute / LIBRARY * max(1.0, pressure))
+    if m <= DECODE_ROWS:
+        loop = 2.0 * DECODE_ROWS * weights / architecture.flops * pressure.few
+    else:
+        loop = compute / LIBRARY * max(1.0, pressure.many)
+    fused = max(memory, loop)
     dense = 2.0 * weights
     decode = (packed + adapters + dense) / architecture.bandwidth
     multiply = max((dense + activations) / architecture.bandwidth, compute / LIBRARY)
@@ -66,22 +80,24 @@ def predict(n: int, k: int, m: int, device: str, pressure: float) -> Prediction:
         fused,
         materialise,
         "fused" if fused <= materialise else "materialise",
-        _why(memory, compute, pressure, decode, fused <= materialise),
+        _why(memory, loop, compute / LIBRARY, decode, m <= DECODE_ROWS, fused <= materialise),
     )
 
 
-def _why(memory: float, compute: float, pressure: float, decode: float, fused: bool) -> str:
-    if memory > compute / LIBRARY * max(1.0, pressure):
+def _why(memory: float, loop: float, library: float, decode: float, few: bool, fused: bool) -> str:
+    if memory >= loop:
         return "bound by bytes; a scratch buffer moves 8 times as many"
-    slower = compute / LIBRARY * (max(1.0, pressure) - 1)
-    if slower == 0:
+    if few:
+        bound = "bound by issuing what decodes"
+        return f"{bound}, in less time than a scratch buffer's bytes" if fused else f"{bound}; a scratch buffer takes less"
+    if loop == library:
         return "decoding hides behind the products"
-    less, more = sorted((slower, decode))
+    less, more = sorted((loop - library, decode))
     ratio = f"{1e6 * less:.3g} µs < {1e6 * more:.3g} µs"
     return f"decoding {'in the loop costs less than once' if fused else 'once costs less than in the loop'}: {ratio}"
 
 
-def table(pressures: Mapping[str, float]) -> Iterator[Sequence[str]]:
+def table(pressures: Mapping[str, Pressures]) -> Iterator[Sequence[str]]:
     """Rows of text, under `HEAD`. `pressures` of the fused NF4 kernel, by name of the device."""
     for model, shapes in SHAPES.items():
         for label, (n, k) in shapes.items():

@@ -61,6 +61,21 @@ class Row:
         return programs_in_flight(ARCHITECTURES[self.arch], self.resident, self.grid)
 
     @property
+    def pressure(self) -> float | None:
+        """The larger of issue and pipe pressure."""
+        return None if self.issue_pressure is None else max(self.issue_pressure, self.pipe_pressure or 0)
+
+    @property
+    def issue_over_bytes(self) -> float | None:
+        """Few rows: time to issue the main loop over time to move its bytes, both at peak. Below 1 bytes are the bound."""
+        if self.pressure is None or self.traffic is None:
+            return None
+        architecture = ARCHITECTURES[self.arch]
+        # Pressure is relative to the products of a whole tile, of which few rows are used.
+        issue = self.pressure * 2 * self.tile[0] / architecture.flops
+        return issue / (self.traffic[0] / architecture.bandwidth)
+
+    @property
     def latency_cover(self) -> float | None:
         """Bytes of packed weights asked for ahead over what memory delivers in one latency. From 1 on it can be kept busy."""
         if not self.step_bytes:

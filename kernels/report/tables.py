@@ -25,6 +25,7 @@ COLUMNS = (
     "bytes/weight",
     "in flight",
     "cover",
+    "issue/bytes",
 )
 LEGEND = """\
 *config*: rows × outputs × step of the sum; the one in bold is taken without timing, the others are offered to autotuning.
@@ -35,7 +36,8 @@ behind the products. *pipe*: the same for the instructions of the half-rate inte
 which takes two cycles for each. *load width*: bytes per thread of the narrowest load of stored weights in the main loop. *mm
 ratio*: *issue* over that of Inductor's own `mm` template with the same tile, warps and stages. Few rows: *bytes/weight* that
 move by count, without / with adapters (rank 16, 0.6 % sparse); *in flight*: programs running at once on the GPU, for weights
-of 4096×4096; *cover*: bytes of packed weights that they ask for ahead over bandwidth × 0.5 µs."""
+of 4096×4096; *cover*: bytes of packed weights that they ask for ahead over bandwidth × 0.5 µs; *issue/bytes*: time to issue
+the main loop over time to move the bytes, both at peak: below 1 the kernel is bound by bytes."""
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -63,6 +65,7 @@ def cells(row: Row) -> list[str]:
         f"{row.traffic[0]:.3f} / {row.traffic[1]:.3f}" if row.traffic is not None else "",
         str(row.in_flight) if decode else "",
         _number(row.latency_cover) if decode else "",
+        _number(row.issue_over_bytes) if decode else "",
     ]
 
 
