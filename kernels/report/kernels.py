@@ -168,11 +168,12 @@ _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def _all() -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     for label, kind, fields in _FORMATS:
-        # Beside a sparse part, the fused kernels exist for few rows and forward only.
-        found += [
-            _linear(label, kind, rows, False, rows <= heuristics.DECODE_ROWS, **fields) for rows in (TRAINING, DECODE, ONE)
-        ]
+        # A sparse part goes with few rows; grad-input kernels have none (heuristics.fuse).
+        for rows in (TRAINING, DECODE, ONE):
+            found.append(_linear(label, kind, rows, False, rows <= heuristics.DECODE_ROWS, **fields))
         found += [_linear(label, kind, rows, True, False, **fields) for rows in (TRAINING, DECODE)]
+    # With many rows it is only for an autotuner to choose.
+    found.append(_linear("nf4 + sparse", "nf4", TRAINING, False, True))
     for label, kind, fields in _FORMATS[:4]:
         found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]
     found.append(_gradient("gradient of sparse values", "sparse", "rosa_sddmm", int(DENSITY * SIDE * SIDE)))
