@@ -71,6 +71,7 @@ def test_nvidia_listing() -> None:
     # The third load stands on line 62 of another file; the first before the loop.
     assert assembly.loads_at(loop, {62}) == [8, 1]
     assert [item.loads for item in loop][:3] == [8, 1, 16]
+    assert [item.base for item in listing.outside_loops()] == ["LDC", "LDGSTS", "HGMMA", "STL", "LDL", "EXIT", "NOP"]
 
 
 def test_four_warps_share_a_wide_product() -> None:

@@ -113,7 +113,8 @@ def _compiled(
             registers, stack = sass.usage(tools.run("cuobjdump", "-res-usage", binary))
             spills = listing.spills()
     loop = listing.main_loop()
-    loads = assembly.loads_at(loop or listing.instructions, weight_lines)
+    # A kernel without products decodes its tile once; loads in its loops are for single entries.
+    loads = assembly.loads_at(loop or listing.outside_loops(), weight_lines)
     row = Row("", "", architecture.name, "", False, tile=tile, warps=compiled.warps, stages=compiled.pipeline)
     row = replace(row, registers=registers, stack=stack, spills=spills, shared=compiled.shared)
     row = replace(row, opcodes=dict(listing.opcodes().most_common(8)))

@@ -15,9 +15,9 @@ class Row:
     kernel, phase, arch, and `default`: whether the heuristics take this config without timing. tile: (rows, outputs, step of
     the sum). mma, instructions, half_rate: matrix instructions, warp instructions, and those of pipes at half rate, per k-step
     of the main loop. stack: bytes per thread; spills: loads and stores of spilled registers. width: bytes per thread of the
-    narrowest load of packed weights in the main loop, step_bytes: what they bring per program and k-step. grid: programs at the
-    size compiled. traffic: bytes moved per weight by count, without and with the adapters. dense_ratio: issue pressure over
-    that of Inductor's own mm at the same tile. error: why there is nothing else.
+    narrowest load of stored weights in the main loop (outside loops where nothing is multiplied), step_bytes: what they bring
+    per program and k-step. grid: programs at the size compiled. traffic: bytes moved per weight by count, without and with the
+    adapters. dense_ratio: issue pressure over that of Inductor's own mm at the same tile. error: why there is nothing else.
     """
 
     kernel: str
