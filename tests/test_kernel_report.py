@@ -351,9 +351,6 @@ def test_who_wins() -> None:
     assert all(len(line) == len(roofline.HEAD) for line in lines)
 
 
-# --- caches ------------------------------------------------------------------------------------------------------------
-
-
 def test_caches_tell_apart_who_asked_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that was compiled without the kernels must not be served to who asks for them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
