@@ -137,8 +137,8 @@ def test_the_composition_asks_nothing_of_the_device(kind: str, dtype: torch.dtyp
     base = [empty(*part.shape, dtype=part.dtype) for part in form.layout(layout.shape, dtype)]
     delta = [empty(4, 16), empty(24, 4), empty(30), empty(25, dtype=torch.int32), empty(30, dtype=torch.int32)]
     x, dy = empty(7, 16, dtype=dtype), empty(7, 24, dtype=dtype)
-    assert ops._product(x, None, base, delta, layout.key, False).shape == (7, 24)
-    assert ops._product(dy, None, base, delta, layout.key, True).shape == (7, 16)
+    assert ops.product(x, None, base, delta, layout, False).shape == (7, 24)
+    assert ops.product(dy, None, base, delta, layout, True).shape == (7, 16)
     grads = [grad for item, tensors in layout.split(delta) for grad in item.grads(dy, x, tensors)]
     assert [tuple(grad.shape) for grad in grads] == [(4, 16), (24, 4), (30,)]
     assert all(grad.is_meta for grad in grads)
