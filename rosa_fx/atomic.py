@@ -55,9 +55,13 @@ def _aside(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file by a new one in one step, on disk when this returns."""
     beside = path.with_name(f".{path.name}.new-{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    flush(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        flush(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

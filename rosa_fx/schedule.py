@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_fx.errors import RosaError
+from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.kernels.cpu.sparse import select_topk
 from rosa_fx.kernels.terms.collect import CollectTopK
 from rosa_fx.mask import Mask
@@ -80,7 +80,7 @@ class Collector:
 
     def _refuse_nan(self, cols: Tensor) -> None:
         if self.nnz and int(cols.min()) < 0:
-            raise RosaError(
+            raise NonFiniteError(
                 f"{self.name}: its gradient holds NaN, so no mask can be chosen from it; check the batch and the loss of this "
                 "step, or lower the learning rate of the warm-up"
             )
@@ -120,6 +120,7 @@ class MaskSchedule:
             state and train together from the next step; make a fresh optimizer then (`restarted` says when).
         micro_batches: backward calls per optimizer step. If not given it is counted during warm-up steps; without any,
             several are assumed.
+        can_skip: allow `skip_step`. With `num_grads` above 1 the sums are then kept twice during later collecting steps.
 
     Raises:
         RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a NaN gradient,
@@ -134,6 +135,7 @@ class MaskSchedule:
         restart: bool = False,
         *,
         micro_batches: int | None = None,
+        can_skip: bool = False,
     ) -> None:
         state = state_of(model)
         self._weights = state.weights
@@ -157,6 +159,8 @@ class MaskSchedule:
         self.step = 0
         self.restarted = False
         self._collectors: dict[str, Collector] = {}
+        self._can_skip = can_skip
+        self._before: dict[str, tuple[int, Tensor | None]] = {}
         self._counted = 0
         self._learned: int | None = None
         self._counter_handle: Any = None
@@ -186,6 +190,9 @@ class MaskSchedule:
             self._had_masks = self._all_masked()
             self._collectors = {}
         self._apply()
+        if self._can_skip:
+            kept = {name: (c.count, None if c.total is None else c.total.clone()) for name, c in self._collectors.items()}
+            self._before = kept if self.phase == "collect" else {}
         if self.phase == "low_rank":
             self._count_backwards()
 
@@ -207,6 +214,32 @@ class MaskSchedule:
                 self._reset_adapters()
                 self.restarted = True
         if masks is not None or not collecting:
+            self._apply()
+
+    def check_collected(self) -> None:
+        """While collecting, after backward: raises NonFiniteError, naming the weight, if a sum holds NaN or infinity."""
+        for name, collector in self._collectors.items():
+            if collector.total is not None and not bool(collector.total.isfinite().all()):
+                raise NonFiniteError(f"the gradient collected for {name} is not finite")
+
+    def skip_step(self) -> None:
+        """In place of `end_step()` after a step whose gradients were thrown away because they were not finite.
+
+        What a collecting step has collected is forgotten, also where `backward()` raised in its midst, and the next step
+        collects in its stead; any other step counts as usual. Raises RosaError unless `can_skip` was set.
+        """
+        if not self._can_skip:
+            raise RosaError("this MaskSchedule cannot undo a step: make it with can_skip=True")
+        self.restarted = False
+        self._stop_counting()
+        if self.phase == "collect":
+            self._collectors = {}
+            self._apply()
+            for name, (count, total) in self._before.items():
+                self._collectors[name].count, self._collectors[name].total = count, total
+        else:
+            self._learned = None  # the backward calls of such a step may not all have been made
+            self.step += 1
             self._apply()
 
     # --- phases --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from rosa_fx.errors import RosaError
 
-INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+INTERRUPTED = 130  # 128 + SIGINT, what shells expect; SIGTERM likewise ends with 143
 
 
 class _Group(TyperGroup):
@@ -28,8 +28,14 @@ class _Group(TyperGroup):
             console.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
-            console.print(f"\nStopped. {_escaped(_hint(stop, ctx))}", soft_wrap=True, highlight=False)
+            console.print(f"\nStopped. {_escaped(_hint(str(stop), ctx))}", soft_wrap=True, highlight=False)
             raise typer.Exit(INTERRUPTED) from stop
+        except SystemExit as stop:
+            message = getattr(stop, "message", None)  # rosa_fx.training.Terminated, without loading torch to name it
+            if message is None:
+                raise
+            console.print(f"\nTerminated. {_escaped(_hint(message, ctx))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(int(str(stop.code))) from stop
 
 
 def _escaped(text: str) -> str:
@@ -38,9 +44,8 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
-def _hint(stop: KeyboardInterrupt, ctx: Any) -> str:
-    """What to do after Ctrl-C: the trainer's message says whether there is a checkpoint to go on from."""
-    message = str(stop)
+def _hint(message: str, ctx: Any) -> str:
+    """What to do after Ctrl-C or SIGTERM: the trainer's message says whether there is a checkpoint to go on from."""
     if "resume=True" not in message:
         return message[:1].upper() + message[1:]
     from rosa_fx.cli.common import resume_command
@@ -91,6 +96,21 @@ class Optimizer(StrEnum):
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+
+
+class LongRows(StrEnum):
+    """What happens to rows of more tokens than --max-length."""
+
+    cut = "cut"
+    drop = "drop"
+    refuse = "refuse"
+
+
+class OnNonFinite(StrEnum):
+    """What happens at a loss or gradient that is not finite."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 ModelOption = Annotated[
@@ -203,7 +223,17 @@ def train(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows per micro-batch.")] = 4,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Micro-batches per optimizer step.")] = 1,
-    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Longer rows are cut to so many tokens.")] = 512,
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens per row at most, see --long-rows.")] = 512,
+    long_rows: Annotated[
+        LongRows, typer.Option("--long-rows", help="cut off what is too long, drop such rows, or refuse the data.")
+    ] = LongRows.cut,
+    on_nonfinite: Annotated[
+        OnNonFinite, typer.Option("--on-nonfinite", help="A loss or gradient of NaN or infinity: stop, or skip the step.")
+    ] = OnNonFinite.stop,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="Write OUT/tensorboard. Default: if TensorBoard is installed."),
+    ] = None,
     eval_every: Annotated[int | None, typer.Option("--eval-every", min=1, help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", min=1, help="Steps between checkpoints.")] = None,
     dtype: DTypeOption = DType.auto,
@@ -220,6 +250,18 @@ def train(
 
     prepare_process()
     run_train(ctx, **_values(locals()))
+
+
+@app.command(epilog="Example:  rosa-fx report runs/demo    (writes runs/demo/report.html)")
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not: --out of train or demo.", metavar="OUT")],
+    page: Annotated[Path | None, typer.Option("--page", "-p", help="The file to write. Default: OUT/report.html.")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the page. Default: the folder's name.")] = None,
+) -> None:
+    """Make one self-contained HTML page of a run: curves, phases, and for every weight its mask and its spectrum."""
+    from rosa_fx.cli.report import run_report
+
+    run_report(run=run, page=page, title=title)
 
 
 @app.command(epilog="Example:  rosa-fx explain --model smollm2-135m --rank 8")

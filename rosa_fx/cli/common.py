@@ -133,7 +133,10 @@ def check_out(out: Path, resume: bool) -> None:
 def save_run(model: nn.Module, out: Path, title: str) -> None:
     """Save the adapter to `out/adapter` and draw the loss curve to `out/loss.png`."""
     rosa_fx.save_adapter(model, out / "adapter")
-    save_loss_curve(out / "metrics.jsonl", out / "loss.png", title)
+    try:
+        save_loss_curve(out / "metrics.jsonl", out / "loss.png", title)
+    except OSError as error:
+        raise RosaError(f"could not write {out / 'loss.png'}: {error}; free space (the adapter is saved)") from error
 
 
 def summary(rows: Sequence[tuple[str, str]], title: str) -> None:
@@ -151,6 +154,10 @@ def result_rows(result: TrainResult, filled: float) -> list[tuple[str, str]]:
     rows = []
     if result.eval_loss_before is not None and result.eval_loss_after is not None:
         rows.append(("held-out loss", f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"))
+    if result.best_step not in (None, result.steps):
+        rows.append(("best held-out loss", f"{result.evals[result.best_step or 0]:.4f} after step {result.best_step}, in best"))
+    if result.skipped:
+        rows.append(("skipped steps", f"{result.skipped}, whose loss or gradients were not finite"))
     for name, count in result.parameters.items():
         rows.append((f"trainable, {name.replace('_', '-')}", f"{count:,} parameters"))
     speed = f"{result.steady_tokens_per_s * filled:,.0f} tokens/s without padding ({result.steady_tokens_per_s:,.0f} with)"

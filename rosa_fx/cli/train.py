@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,6 +43,9 @@ def run_train(
     batch: int,
     accumulate: int,
     max_length: int,
+    long_rows: Literal["cut", "drop", "refuse"],
+    on_nonfinite: Literal["stop", "skip"],
+    tensorboard: bool | None,
     eval_every: int | None,
     save_every: int | None,
     dtype: str,
@@ -79,6 +82,8 @@ def run_train(
         eval_every=eval_every,
         checkpoint_every=save_every,
         restart=restart,
+        on_nonfinite=on_nonfinite,
+        tensorboard="auto" if tensorboard is None else tensorboard,
         compile=compile and compile_scope == "model",
         seed=seed,
     )
@@ -88,10 +93,10 @@ def run_train(
         rows, held_rows = split_rows(rows, eval_share, seed)
     chosen_device = common.pick_device(device)
     network, tokenizer = load_model(model, common.pick_dtype(dtype), download=download)
-    encoded = encode_rows(rows, tokenizer, max_length)
+    encoded = encode_rows(rows, tokenizer, max_length, long_rows)
     console.print(f"training data: {encoded.describe()}", highlight=False)
     common.check_vocabulary(network, encoded)
-    held = encode_rows(held_rows, tokenizer, max_length) if held_rows else None
+    held = encode_rows(held_rows, tokenizer, max_length, long_rows) if held_rows else None
     length = pad_length([*encoded.rows, *(held.rows if held else [])], max_length)
     batches = make_batches(encoded.rows, batch, length, common.pad_token(tokenizer), seed=seed)
     held_batches = None

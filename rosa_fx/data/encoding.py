@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rosa_fx.data.jsonl import Message, Row
 from rosa_fx.errors import RosaError
@@ -28,12 +28,13 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows that remain, and how many were cut to `max_length` or dropped (no target left within it)."""
+    """The rows that remain, and how many were cut to `max_length` or dropped (no target left within it, or too long)."""
 
     rows: list[EncodedRow]
     max_length: int
     truncated: int
     dropped: int
+    why_dropped: str = "no target within"
 
     def describe(self) -> str:
         """One line: rows, tokens, targets, and what was cut or dropped."""
@@ -42,37 +43,49 @@ class Encoded:
         if self.truncated:
             text += f"; {self.truncated} cut to {self.max_length} tokens"
         if self.dropped:
-            text += f"; {self.dropped} dropped (no target within {self.max_length} tokens)"
+            text += f"; {self.dropped} dropped ({self.why_dropped} {self.max_length} tokens)"
         return text
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenise rows; what exceeds `max_length` tokens is cut off at the end.
+def encode_rows(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, long_rows: Literal["cut", "drop", "refuse"] = "cut"
+) -> Encoded:
+    """Tokenise rows; of those that exceed `max_length` tokens the end is cut off, or they are dropped, or refused.
 
     - `messages`: the tokenizer's chat template, applied to growing prefixes of the conversation; an assistant's turn
       runs from the generation prompt to its end-of-turn token, which is a target (what the template adds is not).
       Earlier turns that the template rewrites later on (thoughts it removes, for example) are context only.
     - `prompt`/`completion`: plain text, no template, one end-of-sequence token after it (a target).
 
-    Raises RosaError if the tokenizer has no chat template but a row needs it, if the template rejects a row, and if no
-    row keeps a target.
+    Raises RosaError if the tokenizer has no chat template but a row needs it, if the template rejects a row, if no row
+    keeps a target, and for a row that is too long where `long_rows` is "refuse".
     """
     if max_length < 2:
         raise RosaError(f"max_length is {max_length}: at least 2 tokens are needed, one to read and one to predict")
+    if long_rows not in ("cut", "drop", "refuse"):
+        raise RosaError(f'long_rows is {long_rows!r}: use "cut", "drop" or "refuse"')
     kept, truncated, dropped = [], 0, 0
     for row in rows:
         encoded = _encode_chat(row, tokenizer) if row.messages else _encode_plain(row, tokenizer)
+        length = len(encoded.input_ids)
+        if length > max_length and long_rows == "refuse":
+            raise RosaError(
+                f"{row.where}: the row has {length} tokens, more than max_length={max_length}: shorten it, raise max_length, "
+                "or have long rows cut or dropped"
+            )
         cut = EncodedRow(encoded.input_ids[:max_length], encoded.labels[:max_length])
-        if not cut.targets:
+        if not cut.targets or (length > max_length and long_rows == "drop"):
             dropped += 1
             continue
-        truncated += len(encoded.input_ids) > max_length
+        truncated += length > max_length
         kept.append(cut)
     if not kept:
         raise RosaError(
-            f"none of the {len(rows)} rows has a target token within max_length={max_length} tokens: raise max_length"
+            f"none of the {len(rows)} rows "
+            + ("fits" if long_rows == "drop" else "has a target token")
+            + f" within max_length={max_length} tokens: raise max_length"
         )
-    return Encoded(kept, max_length, truncated, dropped)
+    return Encoded(kept, max_length, truncated, dropped, "longer than" if long_rows == "drop" else "no target within")
 
 
 def render(messages: Sequence[Message], tokenizer: Any, where: str, *, generate: bool = False) -> str:

@@ -20,6 +20,8 @@ FREE = (
     "keep_checkpoints",
     "stop_at_step",
     "tune_allocator",
+    "on_nonfinite",
+    "tensorboard",
 )
 
 
@@ -46,6 +48,9 @@ class TrainConfig:
         compile: `torch.compile` the model. dynamic: its `dynamic=` argument.
         restart: the paper's second run: once the masks exist both adapters start again, and so do the data,
             the optimizer and the learning-rate schedule.
+        on_nonfinite: a loss or gradient that is not finite: "stop" names the step, the weight and the last checkpoint;
+            "skip" leaves the step's update out, counts it (`TrainResult.skipped`) and goes on, but stops after ten in a
+            row. A skipped step that collects for the masks is made up for by the next one.
         seed: of the data order and of every random number of the run (Python's, NumPy's and torch's are seeded).
         tune_allocator: on CPU, let the C allocator keep large blocks (`rosa_fx.training.tune_allocator`).
     Reporting
@@ -53,6 +58,7 @@ class TrainConfig:
         checkpoint_every: write a checkpoint each so many steps besides the last; None: only the last.
         keep_checkpoints: how many of the newest stay. log_every: steps between lines (and, on a GPU, between reads of
             the loss). progress: show anything at all.
+        tensorboard: write `out/tensorboard`: "auto" where TensorBoard is installed, True: or fail, False: never.
 
     Raises RosaError that names the field for a value that cannot be used.
     """
@@ -73,12 +79,14 @@ class TrainConfig:
     compile: bool = True
     dynamic: bool | None = None
     restart: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     log_every: int = 10
     seed: int = 0
     progress: bool = True
+    tensorboard: bool | Literal["auto"] = "auto"
     tune_allocator: bool = True
 
     def __post_init__(self) -> None:
@@ -99,6 +107,9 @@ class TrainConfig:
         self._require("optimizer", self.optimizer in ("adamw", "adamw8bit"), '"adamw" or "adamw8bit"')
         self._require("schedule", self.schedule in ("linear", "constant"), '"linear" or "constant"')
         self._require("bf16", isinstance(self.bf16, bool) or self.bf16 == "auto", 'True, False or "auto"')
+        auto = isinstance(self.tensorboard, bool) or self.tensorboard == "auto"
+        self._require("tensorboard", auto, 'True, False or "auto"')
+        self._require("on_nonfinite", self.on_nonfinite in ("stop", "skip"), '"stop" or "skip"')
         self._require("dynamic", self.dynamic is None or isinstance(self.dynamic, bool), "True, False or None")
         for name in ("compile", "restart", "progress", "tune_allocator"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")

@@ -61,10 +61,11 @@ class Engine:
         self.compiled = already or config.compile
         self._weight_fn = weight_fn or target_counter(self._model)
         # Reading a number from a GPU waits for it, so there the host looks at several steps together. Until then `_bad`
-        # holds: from the first bad step on no update happens, so that the weights are those of the last good one. Only
-        # torch's own optimizer can leave a step out on the device.
+        # holds: a bad step's update does not happen, and if bad steps stop the run none after it does either. Only torch's
+        # own optimizer can leave a step out on the device.
         self.looks_late = device.type == "cuda" and config.optimizer == "adamw"
         self._bad = torch.zeros((), device=device)
+        self._stays_bad = config.on_nonfinite == "stop"
 
     def describe(self, batch: Any) -> MicroBatch:
         """The micro-batch with its weight. Counted before it moves to the device, which is then not waited for."""
@@ -121,18 +122,22 @@ class Engine:
         return Outcome(values, norm)
 
     def update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
-        """Clip and step. Where the host looks late, nothing is updated from the first bad step on."""
+        """Clip and step. Where the host looks late, a bad step updates nothing."""
         clip(outcome.norm, self._max_norm)
         if self.looks_late:
-            self._bad = torch.maximum(self._bad, (~outcome.values[:2].isfinite().all()).float())
+            bad = (~outcome.values[:2].isfinite().all()).float()
+            self._bad = torch.maximum(self._bad, bad) if self._stays_bad else bad
             # What torch's own gradient scaler sets: the fused kernel then skips the update without asking the host.
             setattr(optimizer, "found_inf", self._bad)  # noqa: B010
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self, batches: Any) -> float:
-        """Mean loss over all targets of `batches`; the model's mode and all random states stay as they were."""
+    def evaluate(self, batches: Any, between: Callable[[], None] = lambda: None) -> float:
+        """Mean loss over all targets of `batches`; the model's mode and all random states stay as they were.
+
+        `between` is called before each micro-batch and may raise.
+        """
         losses: list[Tensor] = []
         weights: list[float] = []
         training = self._model.training
@@ -140,6 +145,7 @@ class Engine:
             self._model.eval()
             try:
                 for batch in batches:
+                    between()
                     micro = self.describe(batch)
                     if micro.weight:
                         losses.append(self.loss(micro.batch).float())

@@ -18,6 +18,7 @@ def save_loss_curve(metrics: Path | str, picture: Path | str, title: str = "") -
     except ImportError as error:
         raise RosaError("drawing the loss curve needs matplotlib: pip install 'rosa-fx[hf]'") from error
     rows = read_metrics(metrics)
+    rows = [row for row in rows if isinstance(row.get("loss"), (int, float))]  # null where a step was skipped
     steps = [row for row in rows if row["event"] == "step"]
     evals = [row for row in rows if row["event"] == "eval"]
     if not steps:

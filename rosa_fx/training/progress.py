@@ -13,7 +13,7 @@ logger = logging.getLogger("rosa_fx.training")
 
 class Reporter:
     """Shows step and evaluation rows and messages on `console` (standard error by default), and hands every one of them
-    to `on_event` as a dict whose "event" is "step", "eval", "checkpoint", "restart" or "message"."""
+    to `on_event` as a dict whose "event" is "step", "eval", "checkpoint", "skip", "restart" or "message"."""
 
     def __init__(
         self, show: bool, log_every: int, console: Console | None, on_event: Callable[[dict[str, Any]], None] | None
@@ -53,7 +53,9 @@ class Reporter:
         """One optimizer step."""
         self._emit(row)
         speed = f"{row['tokens_per_s']:,.0f} tokens/s  " if row["tokens"] else ""
-        status = f"loss {row['loss']:.4f}  {speed}{row['rss'] / 2**30:.2f} GiB"
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        memory = f"{row.get('device_memory', row['rss']) / 2**30:.2f} GiB"
+        status = f"loss {loss}{' (skipped)' if row['skipped'] else ''}  {speed}{memory}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=row["step"], phase=row["phase"], status=status)
         elif self._console is not None and (row["step"] % self._log_every == 0 or row["step"] in (1, self._total)):
@@ -63,6 +65,11 @@ class Reporter:
         """Anything else that the user should read."""
         self._emit({"event": kind, "text": text, **fields})
         logger.info("%s", text)
+        if self._console is not None:
+            self._line(text)
+
+    def notice(self, text: str) -> None:
+        """Show a line without handing it to `on_event`, which may be in the middle of something (a signal arrived)."""
         if self._console is not None:
             self._line(text)
 

@@ -4,25 +4,29 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rosa_fx.errors import RosaError
+from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.training import checkpoint as checkpoints
 from rosa_fx.training import persistence, rng
 from rosa_fx.training.allocator import tune_allocator
 from rosa_fx.training.batches import END
 from rosa_fx.training.config import TrainConfig
 from rosa_fx.training.engine import Engine, LossFunction, MicroBatch, Outcome
-from rosa_fx.training.interrupt import uninterrupted
-from rosa_fx.training.metrics import MetricsLog, TrainResult, current_rss, median_rate, peak_rss
+from rosa_fx.training.interrupt import Stopper, uninterrupted
+from rosa_fx.training.metrics import MetricsLog, TrainResult, current_rss, finite, median_rate, peak_rss
 from rosa_fx.training.optim import learning_rate_factor, names_of, set_learning_rates
 from rosa_fx.training.progress import Reporter
+from rosa_fx.training.records import save_best, write_run
 from rosa_fx.training.run_state import RunState
+from rosa_fx.training.tensorboard import TensorBoardLog
+
+_SKIPS_IN_A_ROW = 10  # so many, and the data or the model is broken
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class _Pending:
     rates: dict[str, float]
     tokens: int
     targets: float
-    outcome: Outcome
+    outcome: Outcome | None  # None: backward found a gradient that is not finite
+    skipped: bool = False
 
 
 class Run(RunState):
@@ -50,9 +55,10 @@ class Run(RunState):
         weight_fn: Callable[[Any], float] | None,
         out: Path | None,
         reporter: Reporter,
+        stop: Stopper,
     ) -> None:
         super().__init__(model, batches, config, reporter)
-        self.out = out
+        self.out, self.stop = out, stop
         self.eval_batches = list(eval_batches) if isinstance(eval_batches, Iterator) else eval_batches
         if self.device.type == "cpu" and config.tune_allocator:
             tune_allocator()
@@ -61,6 +67,7 @@ class Run(RunState):
         self.engine = Engine(model, config, self.device, loss_fn, weight_fn)
         self.folder = out / "checkpoints" if out else None
         self.metrics = MetricsLog(out / "metrics.jsonl" if out else None)
+        self.tensorboard = TensorBoardLog(None, False, 0)
         self.rates: list[tuple[int, float]] = []  # (tokens, seconds) of each step made here
         self.pending: list[_Pending] = []
         self.window = 0.0  # when the first pending step began
@@ -75,10 +82,14 @@ class Run(RunState):
             if used and not resume:
                 raise RosaError(f"out ({self.out}) already holds a run: pass resume=True to continue it, or another folder")
             found = checkpoints.load_latest(self.folder, self.message) if resume else None
-            self.metrics.truncate(found.step if found else -1)
+            evals = [int(step) for step in found.state["evals"]] if found else []
+            self.metrics.truncate(found.step if found else -1, evals)
         if found is not None:
             persistence.restore(self, found)
-        else:
+        if self.out is not None:
+            write_run(self.out, self)
+            self.tensorboard = TensorBoardLog(self.out / "tensorboard", self.config.tensorboard, self.step)
+        if found is None:
             if resume:
                 self.message(f"{self.out} holds no checkpoint yet: starting from the beginning")
             rng.seed_all(self.config.seed)
@@ -108,6 +119,7 @@ class Run(RunState):
     def loop(self) -> None:
         """Train until the planned end, the end of the data, or `stop_at_step`."""
         config = self.config
+        self._after_step()  # a run may have been stopped between a step and its evaluation
         while self.step < self.total and not self._is_at_stop():
             started = time.perf_counter()
             group = self._draw()
@@ -117,11 +129,16 @@ class Run(RunState):
                     break
                 continue
             self._train_step(group, started)
-            if config.eval_every and self.step % config.eval_every == 0 and self.eval_batches is not None:
-                self._evaluate()
-            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                self._checkpoint()
+            self._after_step()
         self._flush()
+
+    def _after_step(self) -> None:
+        config = self.config
+        if self.step and config.eval_every and self.step % config.eval_every == 0 and self.eval_batches is not None:
+            self._evaluate()
+        if self.step and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            self._checkpoint()
+        self.stop.check()
 
     def _is_at_stop(self) -> bool:
         return self.config.stop_at_step is not None and self.step >= self.config.stop_at_step
@@ -151,23 +168,30 @@ class Run(RunState):
         start = self.restart_step or 0
         factor = learning_rate_factor(self.step - start, self.total - start, config.warmup_steps, config.schedule)
         rates = set_learning_rates(self.optimizer, config, factor)
+        tokens, targets = sum(micro.tokens or 0 for micro in group), sum(m.weight for m in group)
+        pending = _Pending(number, phase, rates, tokens, targets, None)
         try:
             loss = self.engine.accumulate(group)
-        except RosaError as error:  # a NaN gradient, which collection notices first, or an unusable batch
-            back = f"; {self._where_to_go_back()}" if phase == "collect" else ""
-            raise RosaError(f"step {number} ({phase}): {error}{back}") from error
-        outcome = self.engine.measure(loss, self.optimizer)
-        tokens = sum(micro.tokens or 0 for micro in group)
-        pending = _Pending(number, phase, rates, tokens, sum(m.weight for m in group), outcome)
-        # Before the update, so that the weights stay those of the last good step; and masks must not come of a bad one.
-        if not self.engine.looks_late or phase == "collect":
-            self._check(pending, outcome.values.tolist())
+            outcome = self.engine.measure(loss, self.optimizer)
+            pending = replace(pending, outcome=outcome)
+            # Before the update, so that the weights stay those of the last good step; and masks must not come of a bad one.
+            if not self.engine.looks_late or phase == "collect":
+                self._check(outcome, outcome.values.tolist())
+            if phase == "collect":
+                schedule.check_collected()
+        except NonFiniteError as error:  # also from collection, which notices a NaN first
+            if config.on_nonfinite == "stop":
+                raise NonFiniteError(self._stopped_by(pending, error)) from error
+            pending = replace(pending, skipped=True)
+            self.reporter.event("skip", f"step {number} ({phase}) is skipped: {error}", step=number)
+        except RosaError as error:  # an unusable batch
+            raise RosaError(f"step {number} ({phase}): {error}") from error
         with uninterrupted():
-            self.engine.update(outcome, self.optimizer)
-            try:
-                schedule.end_step()
-            except RosaError as error:
-                raise RosaError(f"step {number} ({phase}): {error}; {self._where_to_go_back()}") from error
+            if pending.outcome is None or pending.skipped:
+                self.optimizer.zero_grad(set_to_none=True)
+                schedule.skip_step()
+            else:
+                self._update(pending.outcome, number, phase)
             self.step = number
             self.pending.append(pending)
             if schedule.restarted and self.restart_step is None:
@@ -177,6 +201,13 @@ class Run(RunState):
         if not self.engine.looks_late or len(self.pending) >= config.log_every:
             self._flush()
 
+    def _update(self, outcome: Outcome, number: int, phase: str) -> None:
+        self.engine.update(outcome, self.optimizer)
+        try:
+            self.schedule.end_step()
+        except RosaError as error:
+            raise RosaError(f"step {number} ({phase}): {error}; {self._where_to_go_back()}") from error
+
     def _restart(self) -> None:
         self.restart_step = self.step
         self.optimizer = self.fresh_optimizer()
@@ -185,19 +216,22 @@ class Run(RunState):
         self.reporter.plan(self.step, self.total)
         self.reporter.event("restart", f"masks made at step {self.step}: both adapters start again", step=self.step)
 
-    def _check(self, pending: _Pending, values: list[float]) -> None:
+    def _check(self, outcome: Outcome | None, values: list[float]) -> None:
+        """Raises NonFiniteError if loss or gradients are not finite."""
         loss, norm, bad = values
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        if bad >= 0:
-            name = names_of(self.model)[id(pending.outcome.norm.parameters[int(bad)])]
+        culprit = "no single gradient is infinite or NaN"
+        if bad >= 0 and outcome is not None:
+            name = names_of(self.model)[id(outcome.norm.parameters[int(bad)])]
             culprit = f"the first gradient that is not finite is that of {name}"
-        else:
-            culprit = "no single gradient is infinite or NaN"
-        raise RosaError(
-            f"step {pending.step} ({pending.phase}): the loss is {loss} and the gradient norm {norm}; {culprit}. "
-            f"Lower lr ({self.config.lr}) and lr_sparse ({self.config.lr_sparse}) or look at the batches of this step; "
-            + self._where_to_go_back()
+        raise NonFiniteError(f"the loss is {loss} and the gradient norm {norm}; {culprit}")
+
+    def _stopped_by(self, entry: _Pending, error: NonFiniteError) -> str:
+        return (
+            f"step {entry.step} ({entry.phase}): {error}. "
+            f"Lower lr ({self.config.lr}) and lr_sparse ({self.config.lr_sparse}), look at the batches of this step, or pass "
+            f'them over with on_nonfinite="skip"; {self._where_to_go_back()}'
         )
 
     def _where_to_go_back(self) -> str:
@@ -208,42 +242,71 @@ class Run(RunState):
         pending, self.pending = self.pending, []
         if not pending:
             return
-        values = torch.stack([p.outcome.values for p in pending]).tolist()
+        unknown = torch.full((3,), math.nan, device=self.device)
+        values = torch.stack([unknown if p.outcome is None else p.outcome.values for p in pending]).tolist()
         seconds = (time.perf_counter() - self.window) / len(pending)
         memory = current_rss()
         for entry, numbers in zip(pending, values):
-            self._check(entry, numbers)
+            skipped = entry.skipped
+            if not skipped:
+                try:
+                    self._check(entry.outcome, numbers)
+                except NonFiniteError as error:  # seen late: the device has left the update out
+                    if self.config.on_nonfinite == "stop":
+                        raise NonFiniteError(self._stopped_by(entry, error)) from error
+                    skipped = True
+                    self.reporter.event("skip", f"step {entry.step} ({entry.phase}) is skipped: {error}", step=entry.step)
             row = {
                 "event": "step",
                 "step": entry.step,
                 "phase": entry.phase,
-                "loss": numbers[0],
+                "loss": finite(numbers[0]),
                 "lr": entry.rates.get("low_rank", 0.0),
                 "lr_sparse": entry.rates.get("sparse", 0.0),
-                "grad_norm": numbers[1],
+                "grad_norm": finite(numbers[1]),
+                "skipped": skipped,
                 "tokens": entry.tokens,
                 "targets": entry.targets,
                 "tokens_per_s": entry.tokens / seconds,
                 "seconds": seconds,
                 "rss": memory,
             }
-            self.losses.append(numbers[0])
+            if self.device.type == "cuda":
+                row["device_memory"] = torch.cuda.max_memory_allocated(self.device)
+            self.losses.append(math.nan if skipped else numbers[0])
             self.rates.append((entry.tokens, seconds))
             self.tokens += entry.tokens
             self.seconds += seconds
             self.metrics.append([row])
+            self.tensorboard.add(row)
             self.reporter.step(row)
+        if len(self.losses) >= _SKIPS_IN_A_ROW and all(map(math.isnan, self.losses[-_SKIPS_IN_A_ROW:])):
+            raise NonFiniteError(
+                f"the last {_SKIPS_IN_A_ROW} steps, to step {len(self.losses)}, were all skipped because "
+                f"their loss or gradients were not finite: look at the data, lower the learning rates; {self._where_to_go_back()}"
+            )
 
     def _evaluate(self) -> None:
         if self.step in self.evals:
             return
         self._flush()
         started = time.perf_counter()
-        loss = self.engine.evaluate(self.eval_batches)
+        loss = self.engine.evaluate(self.eval_batches, self.stop.check)
         seconds = time.perf_counter() - started
+        best = self.best_step is None or loss < self.evals[self.best_step]
+        if self.out is not None and self.step and best and math.isfinite(loss):
+            save_best(self.model, self.out, self.step, loss)
         self.evals[self.step] = loss
-        self.metrics.append([{"event": "eval", "step": self.step, "loss": loss, "seconds": seconds}])
+        row = {"event": "eval", "step": self.step, "loss": finite(loss), "seconds": seconds}
+        self.metrics.append([row])
+        self.tensorboard.add(row)
         self.reporter.event("eval", f"step {self.step}: held-out loss {loss:.4f}", step=self.step, loss=loss)
+
+    @property
+    def best_step(self) -> int | None:
+        """After which step the evaluation loss was lowest; the model before the first step does not count."""
+        losses = {step: loss for step, loss in self.evals.items() if step and math.isfinite(loss)}
+        return min(losses, key=lambda step: (losses[step], step), default=None)
 
     def _checkpoint(self) -> None:
         """Write a checkpoint of the last whole step, unless it is there already."""
@@ -266,6 +329,16 @@ class Run(RunState):
         if self.last_checkpoint is None:
             return f"interrupted after step {self.mark.step}, before the first checkpoint: start again"
         return f"interrupted after step {self.mark.step}: continue with resume=True from {self.last_checkpoint}"
+
+    def abandoned(self) -> str:
+        """What to tell the user after a second interrupt: nothing is saved."""
+        if self.last_checkpoint is None:
+            return f"stopped at once after step {self.mark.step}, before the first checkpoint: start again"
+        return f"stopped at once after step {self.mark.step}: continue with resume=True from {self.last_checkpoint}"
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.tensorboard.close()
 
     def finish(self) -> TrainResult:
         """Evaluate, write the last checkpoint, and sum up."""
@@ -293,4 +366,6 @@ class Run(RunState):
             bf16=self.engine.bf16,
             checkpoint=self.last_checkpoint,
             restart_step=self.restart_step,
+            skipped=sum(map(math.isnan, self.losses)),
+            best_step=self.best_step,
         )

@@ -41,7 +41,12 @@ class RunState:
         self.device = self._one_device()
         self.source = BatchSource(batches, config.seed)
         self.planned = self.source.count_steps(config)
-        self.schedule = MaskSchedule(self.model, restart=config.restart, micro_batches=config.gradient_accumulation)
+        self.schedule = MaskSchedule(
+            self.model,
+            restart=config.restart,
+            micro_batches=config.gradient_accumulation,
+            can_skip=config.on_nonfinite == "skip",
+        )
         self.optimizer = self.fresh_optimizer()
         self.step = 0
         self.restart_step: int | None = None

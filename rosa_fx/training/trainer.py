@@ -1,5 +1,6 @@
 """`rosa_fx.train`."""
 
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of, unwrap
 from rosa_fx.training.config import TrainConfig
 from rosa_fx.training.engine import LossFunction, training_mode
+from rosa_fx.training.interrupt import Stopper, Terminated
 from rosa_fx.training.metrics import TrainResult
 from rosa_fx.training.progress import Reporter
 from rosa_fx.training.run import Run
@@ -44,7 +46,8 @@ def train(
             (after the shift of causal language models) if the batch is a mapping with "labels", else 1. A step's loss
             is the mean over all its targets, so accumulation equals one large batch. (For the masks each micro-batch's
             gradient is squared by itself, as in the paper's code.)
-        out: folder for `checkpoints/step-N` and `metrics.jsonl`; None: nothing is written.
+        out: folder for `checkpoints/step-N`, `metrics.jsonl`, `run.json` and, with `eval_batches`, `best` (the adapter with
+            the lowest evaluation loss so far, and that loss in `evaluation.json`); None: nothing is written.
         resume: continue from the newest checkpoint in `out` (from the start if there is none). On the CPU the continued
             run equals an uninterrupted one bit for bit.
         on_event: is handed every row and message as a dict (see `rosa_fx.training.progress.Reporter`).
@@ -55,8 +58,11 @@ def train(
 
     Raises:
         RosaError: the model is not transformed; something given cannot be used (the message names it); the loss or a
-            gradient is not finite; a checkpoint is damaged or belongs to another run.
-        KeyboardInterrupt: as usual, after a checkpoint of the last whole step was written to `out`.
+            gradient is not finite (see `TrainConfig.on_nonfinite`); a checkpoint is damaged or belongs to another run;
+            something cannot be written, the disk being full for example. What was written before is then still whole.
+        KeyboardInterrupt: after Ctrl-C, once the step is finished and a checkpoint of it is in `out`; after a second Ctrl-C
+            at once: the checkpoints written before are whole, the model in memory may be in the middle of a step.
+        Terminated: after SIGTERM, with a checkpoint as after Ctrl-C; a SystemExit, which ends the process with code 143.
     """
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
@@ -64,11 +70,25 @@ def train(
     if resume and out is None:
         raise RosaError("resume=True needs out: the folder of the run to continue")
     state_of(model)  # says so if the model is not transformed
-    with Reporter(config.progress, config.log_every, console, on_event) as reporter, training_mode(unwrap(model)):
-        run = Run(model, batches, config, eval_batches, loss_fn, weight_fn, Path(out) if out else None, reporter)
-        run.start(resume)
+    reporter = Reporter(config.progress, config.log_every, console, on_event)
+    with reporter, training_mode(unwrap(model)), Stopper(reporter.notice) as stop:
+        run = Run(model, batches, config, eval_batches, loss_fn, weight_fn, Path(out) if out else None, reporter, stop)
         try:
+            run.start(resume)
             run.loop()
             return run.finish()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(run.interrupted()) from None
+            raise KeyboardInterrupt(run.abandoned() if stop.at_once else run.interrupted()) from None
+        except RosaError:
+            raise
+        except Exception as error:
+            # Ctrl-C on a terminal also ends compilers and data workers that the step was waiting for.
+            if stop.requested is None:
+                raise
+            message = run.interrupted()
+            if stop.requested == signal.SIGINT:
+                raise KeyboardInterrupt(message) from error
+            reporter.event("message", message)
+            raise Terminated(message) from error
+        finally:
+            run.close()
