@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,6 +50,17 @@ def _aside(path: Path) -> Path:
     hidden = path.with_name(f".{path.name}.old-{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)
     return hidden
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a killed process left of writing these files and directories in `folder` by the functions here."""
+    for name in names:
+        for kind in ("new", "old"):
+            for path in folder.glob(f".{name}.{kind}-*"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

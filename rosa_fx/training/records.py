@@ -20,6 +20,12 @@ BEST = "best"
 EVALUATION = "evaluation.json"
 
 
+def remove_leftovers(out: Path) -> None:
+    """Remove what a run that was killed left half-written in its folder (checkpoints look after their own)."""
+    atomic.remove_leftovers(out, ("metrics.jsonl", RUN, BEST, "adapter"))
+    atomic.remove_leftovers(out / BEST, (EVALUATION,))
+
+
 def write_run(out: Path, run: RunState) -> None:
     """Write `out/run.json`: spec, settings, versions, machine, the rewritten weights, and when each part began."""
     file = out / RUN

@@ -22,7 +22,7 @@ from rosa_fx.training.interrupt import Stopper, uninterrupted
 from rosa_fx.training.metrics import MetricsLog, TrainResult, current_rss, finite, median_rate, peak_rss
 from rosa_fx.training.optim import learning_rate_factor, names_of, set_learning_rates
 from rosa_fx.training.progress import Reporter
-from rosa_fx.training.records import save_best, write_run
+from rosa_fx.training.records import remove_leftovers, save_best, write_run
 from rosa_fx.training.run_state import RunState
 from rosa_fx.training.tensorboard import TensorBoardLog
 
@@ -76,14 +76,10 @@ class Run(RunState):
 
     def start(self, resume: bool) -> None:
         """Begin a fresh run, or continue from the newest checkpoint."""
-        found = None
-        if self.out is not None and self.folder is not None:
-            used = checkpoints.list_checkpoints(self.folder) or (self.metrics.path and self.metrics.path.exists())
-            if used and not resume:
-                raise RosaError(f"out ({self.out}) already holds a run: pass resume=True to continue it, or another folder")
-            found = checkpoints.load_latest(self.folder, self.message) if resume else None
-            evals = [int(step) for step in found.state["evals"]] if found else []
-            self.metrics.truncate(found.step if found else -1, evals)
+        try:
+            found = self._find_checkpoint(resume)
+        except OSError as error:
+            raise RosaError(f"out ({self.out}) cannot be used: {error}; choose a folder that you may read and write") from error
         if found is not None:
             persistence.restore(self, found)
         if self.out is not None:
@@ -98,6 +94,19 @@ class Run(RunState):
                 self._evaluate()
             self.mark = self.take_mark()
         self.reporter.plan(self.step, self.total)
+
+    def _find_checkpoint(self, resume: bool) -> checkpoints.Checkpoint | None:
+        """The checkpoint to continue from. The folder then holds nothing of what came after it."""
+        if self.out is None or self.folder is None:
+            return None
+        used = checkpoints.list_checkpoints(self.folder) or (self.metrics.path and self.metrics.path.exists())
+        if used and not resume:
+            raise RosaError(f"out ({self.out}) already holds a run: pass resume=True to continue it, or another folder")
+        found = checkpoints.load_latest(self.folder, self.message) if resume else None
+        remove_leftovers(self.out)
+        evals = [int(step) for step in found.state["evals"]] if found else []
+        self.metrics.truncate(found.step if found else -1, evals)
+        return found
 
     def _warn_about_length(self) -> None:
         warm_up = re.fullmatch(r"wl(\d+)", self.spec.schedule)
@@ -283,7 +292,7 @@ class Run(RunState):
         if len(self.losses) >= _SKIPS_IN_A_ROW and all(map(math.isnan, self.losses[-_SKIPS_IN_A_ROW:])):
             raise NonFiniteError(
                 f"the last {_SKIPS_IN_A_ROW} steps, to step {len(self.losses)}, were all skipped because "
-                f"their loss or gradients were not finite: look at the data, lower the learning rates; {self._where_to_go_back()}"
+                f"their loss or gradients were not finite: look at the data, lower the rates; {self._where_to_go_back()}"
             )
 
     def _evaluate(self) -> None:
