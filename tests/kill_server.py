@@ -120,8 +120,6 @@ def child(request: dict[str, Any], answer: int) -> None:
 
 def serve() -> None:
     # Once for all children, torch's compiler included, which every optimizer and every transform loads.
-    import torch._dynamo
-    import torch._inductor.compile_fx
     import training_models  # noqa: F401
 
     import rosa_fx.kernels.inductor

@@ -191,6 +191,20 @@ def test_long_rows_are_cut_or_dropped_and_counted() -> None:
         encode_rows(rows, tokenizer, 1)
 
 
+def test_long_rows_are_dropped_or_refused_where_asked() -> None:
+    tokenizer = byte_tokenizer(None)
+    rows = [Row("fits", prompt="ab", completion="c"), Row("too long", prompt="ab", completion="cdef")]
+    encoded = encode_rows(rows, tokenizer, 4, "drop")
+    assert [tokenizer.decode(row.input_ids) for row in encoded.rows] == ["abc<|end|>"]
+    assert encoded.describe() == "1 rows, 4 tokens, 2 of them targets; 1 dropped (longer than 4 tokens)"
+    with pytest.raises(RosaError, match="too long: the row has 7 tokens, more than max_length=4"):
+        encode_rows(rows, tokenizer, 4, "refuse")
+    with pytest.raises(RosaError, match="none of the 1 rows fits within max_length=4"):
+        encode_rows(rows[1:], tokenizer, 4, "drop")
+    with pytest.raises(RosaError, match="long_rows is 'split'"):
+        encode_rows(rows, tokenizer, 4, "split")  # type: ignore[arg-type]
+
+
 def test_templates_that_cannot_be_used() -> None:
     with pytest.raises(RosaError, match=r"here: .* no chat template"):
         encode_rows([chat_row(CHAT)], byte_tokenizer(None), 100)
