@@ -140,7 +140,7 @@ def test_nothing_but_bad_steps_ends_the_run() -> None:
     def loss_fn(called: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return called(**batch)["loss"] * math.inf
 
-    with pytest.raises(RosaError, match="the last 10 steps, to step 10, were all skipped .*no checkpoint"):
+    with pytest.raises(RosaError, match=r"the last 10 steps, to step 10, were all skipped .*no checkpoint"):
         train(make_model(), make_data(), config(max_steps=30, on_nonfinite="skip"), loss_fn=loss_fn)
 
 

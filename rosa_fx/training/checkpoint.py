@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def load_latest(folder: Path, message: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; RosaError that names the file if it is damaged."""
+def load(path: Path, groups: Collection[str] | None = None) -> Checkpoint:
+    """Read and verify one checkpoint, or only some of its groups of tensors; RosaError that names the file if it is damaged."""
     manifest = _read_json(path / MANIFEST)
     digests = manifest.get("sha256")
     if manifest.get("version") != VERSION or not isinstance(digests, dict) or STATE not in digests:
@@ -89,6 +89,8 @@ def load(path: Path) -> Checkpoint:
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, digest in digests.items():
         file = path / name
+        if groups is not None and file.suffix == ".safetensors" and file.stem not in groups:
+            continue
         if not file.is_file():
             raise _damaged(file, "it is missing")
         if sha256(file) != digest:

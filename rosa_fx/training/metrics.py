@@ -64,8 +64,9 @@ class MetricsLog:
     Rows of "event": "step" have
         phase: "low_rank", "collect", "joint" or "sparse". loss: mean over the step's targets. lr, lr_sparse: rates used.
         grad_norm: of all gradients together, before clipping. skipped: the update was left out (loss and grad_norm are null
-        where they are not finite). tokens: without padding; targets: what the loss is the mean of. seconds; tokens_per_s.
-        rss: resident memory of the process in bytes. device_memory: largest allocation on the GPU so far, on a GPU only.
+        where they are not finite). tokens: of the input, without padding where the batch has an attention mask.
+        targets: what the loss is the mean of. seconds; tokens_per_s. rss: resident memory of the process in bytes.
+        device_memory: largest allocation on the GPU so far in bytes, on a GPU only.
     Rows of "event": "eval" have loss (null if it is not finite) and seconds.
 
     Raises RosaError where the file cannot be written; rows that were written before stay.
