@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,8 +79,8 @@ def trained(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_help_names_every_command_and_loads_no_torch() -> None:
-    assert all(name in run("--help").output for name in ("demo", "train", "explain", "merge"))
-    for name in ("demo", "train", "explain", "merge"):
+    assert all(name in run("--help").output for name in ("demo", "train", "report", "explain", "merge"))
+    for name in ("demo", "train", "report", "explain", "merge"):
         assert "Example" in run(name, "--help").output
     imports = "import sys, rosa_fx.cli.app, rosa_fx.report_picture"
     code = f"{imports}; print(any(m in sys.modules for m in ('transformers', 'matplotlib')))"
@@ -140,6 +141,53 @@ def test_an_interrupted_run_says_how_to_go_on(
     run(*arguments, "--resume")
     resumed, whole = (load_file(next((d / "adapter").glob("*.safetensors"))) for d in (out, trained[0]))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_sigterm_ends_a_run_with_its_own_exit_code(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: tuple[Path, str]
+) -> None:
+    from rosa_fx.training.engine import Engine
+
+    calls, accumulate = [0], Engine.accumulate
+
+    def terminate(self: Engine, group: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return accumulate(self, group)
+
+    arguments = ["train", "-m", str(model_dir), "-d", str(data), "-o", str(tmp_path / "b"), *QUICK, "--eval-share", "0.2"]
+    monkeypatch.setattr(sys, "argv", ["rosa-fx", *arguments])
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "accumulate", terminate)
+        output = one_line(run(*arguments, code=143).output)
+    assert "Terminated. Interrupted after step 2; go on with: rosa-fx train" in output
+    run(*arguments, "--resume")
+    resumed, whole = (load_file(next((d / "adapter").glob("*.safetensors"))) for d in (tmp_path / "b", trained[0]))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_long_rows_and_bad_steps_are_treated_as_asked(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rosa_fx.training.engine import Engine
+
+    arguments = ["train", "-m", model_dir, "-d", data, *QUICK, "--max-length", "16", "--eval-share", "0"]
+    result = run(*arguments, "-o", tmp_path / "a", "--long-rows", "refuse", code=1)
+    assert "tokens, more than max_length=16: shorten it" in one_line(result.output)
+    calls, loss = [0], Engine.loss
+
+    def bad(self: Engine, batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        return loss(self, batch) * (float("nan") if calls[0] == 1 else 1.0)
+
+    monkeypatch.setattr(Engine, "loss", bad)
+    output = one_line(run(*arguments, "-o", tmp_path / "b", "--long-rows", "drop", "--on-nonfinite", "skip").output)
+    assert "dropped (longer than 16 tokens)" in output
+    assert "skipped steps" in output
+    calls[0] = 0
+    result = run(*arguments, "-o", tmp_path / "c", "--long-rows", "drop", code=1)
+    assert "step 1 (low_rank): the loss is nan" in one_line(result.output)
 
 
 def test_merge_gives_an_ordinary_model(trained: tuple[Path, str], model_dir: Path, tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def adapter(data: RunData) -> str:
     pending = [layer for layer in layers if layer.sparse and layer.nnz and layer.mask is None]
     notes = [f"{len(layers)} rewritten weight{'s' if len(layers) > 1 else ''}, from {data.source}."]
     if pending:
-        notes.append(f"No masks yet: the schedule {_schedule(data)} has not come to them, so the sparse part is still zero.")
+        schedule = _schedule(data)
+        why = "makes none" if schedule == "lora_only" else "has not come to them"
+        notes.append(f"No masks yet: the schedule {schedule} {why}, so the sparse part is still zero.")
     if not any(layer.sparse for layer in layers):
         notes.append("There is no sparse term (density 0).")
     if not any(layer.rank for layer in layers):

@@ -44,7 +44,7 @@ def line_chart(name: str, lines: Sequence[Line], bands: Sequence[Band], *, width
     ticks = nice_ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
     wide, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
-    span = (right - left) or 1.0
+    span = right - left
 
     def px(x: float) -> float:
         return LEFT + wide * ((x - left + 0.5) / (span + 1))

@@ -36,7 +36,7 @@ def charts(data: RunData) -> str:
     skipped = [row["step"] for row in steps if row.get("skipped")]
     loss_lines = [
         Line("each step", "raw", losses),
-        Line(f"mean of {span} steps", "mean", _running_mean(losses, span)),
+        Line(f"mean of {span} steps", "mean", _running_mean(losses, span) if span > 1 else []),
         Line("held out", "held", held, dots=True),
     ]
     rates = [Line("low-rank", "low", _points(data, "lr")), Line("sparse", "sparse", _points(data, "lr_sparse"))]
