@@ -147,6 +147,28 @@ def test_the_picture_of_a_mask_is_its_mask() -> None:
     assert painted == [True] * 4 + [False] * 60
 
 
+def test_norms_and_singular_values_are_those_of_the_dense_delta() -> None:
+    """Of a matrix and of a stack of three, each of which has factors of its own."""
+    generator = torch.Generator().manual_seed(1)
+    for stack in ((), (3,)):
+        A, B = torch.randn(*stack, 4, 10, generator=generator), torch.randn(*stack, 12, 4, generator=generator)
+        rows = 12 * math.prod(stack)
+        mask = Mask.from_dense(torch.rand(rows, 10, generator=generator) > 0.7)
+        values = torch.randn(mask.nnz, generator=generator)
+        state = {"e.low_rank.A": A, "e.low_rank.B": B, "e.sparse.values": values}
+        state |= {"e.sparse.row_offsets": mask.row_offsets, "e.sparse.cols": mask.cols}
+        layer = layers_of(state, {"e": (rows, 10)}, {"e": 0.5})[0]
+        low = 0.5 * (B.double() @ A.double())
+        dense = low.reshape(rows, 10).clone()
+        dense[mask.to_dense()] += values.double()
+        assert layer.shape == (*stack, 12, 10)
+        assert layer.delta_norm == pytest.approx(float(dense.norm()), rel=1e-12)
+        assert layer.low_rank_norm == pytest.approx(float(low.norm()), rel=1e-12)
+        expected = torch.linalg.svdvals(low).reshape(-1, 10)[:, :4].square().mean(0).sqrt()
+        assert layer.singular_values == pytest.approx(expected.tolist(), rel=1e-10)
+        assert 1 < layer.effective_rank <= 4
+
+
 def test_two_hundred_weights_make_a_small_page(tmp_path: Path) -> None:
     """As many, and of such shapes, as a model of thirty blocks has."""
     generator = torch.Generator().manual_seed(0)

@@ -98,7 +98,12 @@ def test_run_json_says_what_was_run(tmp_path: Path) -> None:
     assert document["spec"]["rank"] == 2
     assert document["config"]["lr"] == 0.01
     assert document["planned"] == 8
-    assert document["weights"]["up.weight"] == {"shape": [32, 16], "base": "dense", "scale": 2.0}
+    assert document["weights"]["up.weight"] == {
+        "shape": [32, 16],
+        "matrix": [32, 16],
+        "base": "dense",
+        "scale": 2.0,
+    }
     assert document["versions"]["torch"] == torch.__version__
     assert [part["after_step"] for part in document["parts"]] == [0, 3]
 

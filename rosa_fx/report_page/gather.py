@@ -54,11 +54,11 @@ def gather(folder: Path) -> RunData:
         )
     weights = run.get("weights") if isinstance(run.get("weights"), dict) else {}
     known = {name: entry for name, entry in (weights or {}).items() if isinstance(entry, dict)}
-    shapes = {name: (e["shape"][0], e["shape"][1]) for name, e in known.items() if len(e.get("shape") or ()) == 2}
+    shapes = {name: (e["matrix"][0], e["matrix"][1]) for name, e in known.items() if len(e.get("matrix") or ()) == 2}
     scales = {name: float(e["scale"]) for name, e in known.items() if isinstance(e.get("scale"), (int, float))}
     for key, tensor in tensors.items():
         if spec is not None and key.endswith(".low_rank.A"):
-            scales.setdefault(key.removesuffix(".low_rank.A"), spec.scale(tensor.shape[0]))
+            scales.setdefault(key.removesuffix(".low_rank.A"), spec.scale(tensor.shape[-2]))
     return RunData(
         folder=folder,
         steps=[row for row in rows if row["event"] == "step"],

@@ -36,16 +36,17 @@ class MaskPicture:
 
 @dataclass(frozen=True)
 class Layer:
-    """One rewritten weight. Norms are Frobenius norms; NaN where a tensor holds NaN.
+    """One rewritten weight, (N, K) or a stack (E, N, K) of them. Norms are Frobenius norms; NaN where a tensor holds NaN.
 
-    `singular_values` of s·B A, descending, empty without a low-rank part. `sparse` says whether there is a sparse part;
+    `singular_values` of s·B A, descending, empty without a low-rank part; of a stack their root mean squares over it. The
+    mask is that of the matrix [E·N, K]. `sparse` says whether there is a sparse part;
     `mask` is None while it has no mask.
     """
 
     name: str
     kind: str
     block: int | None
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     rank: int
     nnz: int
     sparse: bool
@@ -74,8 +75,8 @@ class Layer:
 def layers_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], scales: Mapping[str, float]) -> list[Layer]:
     """The weights of an adapter state (`rosa_fx.adapter_state`'s keys), in its order.
 
-    `shapes` and `scales` by weight name, as far as known: a weight without its shape has that of A and B, and without a
-    scale the products B A are taken as they are.
+    `shapes` (as one matrix) and `scales` by weight name, as far as known: a weight without its shape has that of A and B,
+    and without a scale the products B A are taken as they are.
     """
     names = dict.fromkeys(re.sub(r"\.(low_rank|sparse)\.\w+$", "", key) for key in tensors)
     return [_layer(name, tensors, shapes.get(name), scales.get(name, 1.0)) for name in names]
@@ -85,12 +86,15 @@ def layers_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int
 def _layer(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None, scale: float) -> Layer:
     A, B = tensors.get(f"{name}.low_rank.A"), tensors.get(f"{name}.low_rank.B")
     values, offsets, cols = (tensors.get(f"{name}.sparse.{part}") for part in ("values", "row_offsets", "cols"))
-    if shape is None and A is not None and B is not None:
-        shape = (B.shape[0], A.shape[1])
     singular: list[float] = []
+    stack = 1
     if A is not None and B is not None:
+        # One matrix is a stack of one.
+        A, B = A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:])
+        stack = A.shape[0]
+        shape = shape or (stack * B.shape[1], A.shape[2])
         singular = _singular_values(A, B, scale)
-    low, sparse, inner = math.sqrt(sum(s * s for s in singular)), 0.0, 0.0
+    low, sparse, inner = math.sqrt(stack * sum(s * s for s in singular)), 0.0, 0.0
     picture = None
     if values is not None and offsets is not None and cols is not None:
         sparse = float(values.double().norm())
@@ -106,8 +110,8 @@ def _layer(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int] | No
         name=name,
         kind=re.sub(r"\.?\b\d+\b", "", stem).rpartition(".")[2] or stem,
         block=int(block[1]) if block else None,
-        shape=shape,
-        rank=0 if A is None else A.shape[0],
+        shape=shape if shape is None or stack == 1 else (stack, shape[0] // stack, shape[1]),
+        rank=0 if A is None else A.shape[-2],
         nnz=0 if values is None else values.numel(),
         sparse=values is not None,
         mask=picture,
@@ -119,11 +123,12 @@ def _layer(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int] | No
 
 
 def _singular_values(A: Tensor, B: Tensor, scale: float) -> list[float]:
-    """Of s·B A, by way of the R×R matrix between the two QR decompositions."""
+    """Of s·B A, by way of the R×R matrix between the two QR decompositions; A [E, R, K], B [E, N, R]."""
     if not (bool(A.isfinite().all()) and bool(B.isfinite().all())):
-        return [math.nan] * A.shape[0]
-    left, right = torch.linalg.qr(B.double()).R, torch.linalg.qr(A.double().t()).R
-    return [abs(scale) * float(value) for value in torch.linalg.svdvals(left @ right.t())]
+        return [math.nan] * A.shape[1]
+    left, right = torch.linalg.qr(B.double()).R, torch.linalg.qr(A.double().mT).R
+    values = torch.linalg.svdvals(left @ right.mT)
+    return (abs(scale) * values.square().mean(0).sqrt()).tolist()
 
 
 def _inner(A: Tensor, B: Tensor, scale: float, mask: Mask, values: Tensor) -> float:
@@ -131,7 +136,8 @@ def _inner(A: Tensor, B: Tensor, scale: float, mask: Mask, values: Tensor) -> fl
     rows, columns, total = mask.rows(), mask.cols.long(), 0.0
     for start in range(0, mask.nnz, _CHUNK):
         piece = slice(start, start + _CHUNK)
-        products = (B[rows[piece]].double() * A[:, columns[piece]].t().double()).sum(1)
+        number, row = rows[piece] // B.shape[1], rows[piece] % B.shape[1]
+        products = (B[number, row].double() * A[number, :, columns[piece]].double()).sum(1)
         total += float(products @ values[piece].double())
     return scale * total
 

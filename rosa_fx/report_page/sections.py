@@ -136,8 +136,8 @@ _COLUMNS = (
 
 
 def _row(index: int, layer: Layer) -> str:
-    size = layer.shape[0] * layer.shape[1] if layer.shape else 0
-    shape = f"{layer.shape[0]} × {layer.shape[1]}" if layer.shape else "–"
+    size = math.prod(layer.shape) if layer.shape else 0
+    shape = " × ".join(map(str, layer.shape)) if layer.shape else "–"
     first = layer.singular_values[0] if layer.singular_values else math.nan
     top = layer.mask.top_rows if layer.mask else math.nan
     picture = f'<img alt="" width="36" height="36" src="{mask_uri(layer.mask.cells)}">' if layer.mask else ""
@@ -183,7 +183,8 @@ def _mask_figure(layer: Layer) -> str:
 
 
 def _spectrum(layer: Layer) -> str:
-    caption = "<figcaption>Singular values of s·BA</figcaption>"
+    mean = f", mean over {layer.shape[0]}" if layer.shape and len(layer.shape) == 3 else ""
+    caption = f"<figcaption>Singular values of s·BA{mean}</figcaption>"
     if not layer.rank:
         return f'<figure>{caption}<p class="empty">No low-rank term (rank 0).</p></figure>'
     if not any(math.isfinite(value) and value > 0 for value in layer.singular_values):

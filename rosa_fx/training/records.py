@@ -46,7 +46,12 @@ def write_run(out: Path, run: RunState) -> None:
         "planned": run.planned,
         "parameters": {g["name"]: sum(p.numel() for p in g["params"]) for g in run.optimizer.param_groups},
         "weights": {
-            name: {"shape": list(weight.shape), "base": weight.base.format.kind, "scale": weight.scale}
+            name: {
+                "shape": list(weight.shape),
+                "matrix": list(weight.matrix),
+                "base": weight.base.format.kind,
+                "scale": weight.scale,
+            }
             for name, weight in state_of(run.model).weights.items()
         },
         "parts": parts,
