@@ -12,7 +12,7 @@ from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of, unwrap
 from rosa_fx.training.config import TrainConfig
 from rosa_fx.training.engine import LossFunction, training_mode
-from rosa_fx.training.interrupt import Stopper, Terminated
+from rosa_fx.training.interrupt import Stopper, StopRequested, Terminated
 from rosa_fx.training.metrics import TrainResult
 from rosa_fx.training.progress import Reporter
 from rosa_fx.training.run import Run
@@ -85,10 +85,11 @@ def train(
             # Ctrl-C on a terminal also ends compilers and data workers that the step was waiting for.
             if stop.requested is None:
                 raise
+            cause = None if isinstance(error, StopRequested) else error
             message = run.interrupted()
             if stop.requested == signal.SIGINT:
-                raise KeyboardInterrupt(message) from error
+                raise KeyboardInterrupt(message) from cause
             reporter.event("message", message)
-            raise Terminated(message) from error
+            raise Terminated(message) from cause
         finally:
             run.close()
