@@ -101,6 +101,15 @@ def test_killed_between_two_changes_to_files(
     resume_and_compare(server, tmp_path, expected)
 
 
+@pytest.mark.parametrize("call", [7, 11])
+def test_killed_while_gradients_are_collected(
+    server: Server, whole: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path, call: int
+) -> None:
+    """In the first collecting step, and in the second one with gradients of both in the sums."""
+    assert server.run(tmp_path, signals_at_call=[[signal.SIGKILL, call]])["status"] == -signal.SIGKILL
+    resume_and_compare(server, tmp_path, whole[0])
+
+
 @pytest.mark.parametrize("how", [{"full_from_event": 1}, {"full_from_event": 70}, {"file_size": 100}, {"file_size": 1500}])
 def test_a_full_disk_is_an_error_and_costs_nothing_that_was_written(
     server: Server, whole: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path, how: dict[str, int]

@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,49 @@ def test_an_interrupt_waits_for_the_end_of_an_update() -> None:
         update()
     assert done == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_trainer_takes_signals_over_and_gives_them_back() -> None:
+    """A handler that the program has set itself stays in force, and other threads train without any."""
+    seen: list[Any] = []
+    watch = config(max_steps=1)
+
+    def look(row: dict[str, Any]) -> None:
+        seen.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
+
+    def mine(number: int, frame: Any) -> None:
+        raise AssertionError
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(make_model(), make_data(1), watch, on_event=look)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert not set(seen[0]) & set(before)
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        train(make_model(), make_data(1), watch, on_event=look)
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
+    assert seen[-1][1] is mine
+    thread = threading.Thread(target=lambda: train(make_model(), make_data(1), watch, on_event=look))
+    thread.start()
+    thread.join()
+    assert seen[-1] == before
+
+
+def test_a_step_that_fails_because_of_ctrl_c_is_saved_as_one(tmp_path: Path) -> None:
+    """Ctrl-C on a terminal also reaches compilers and data workers, whose end then makes the step fail."""
+    calls = itertools.count(1)
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("a worker died")
+        return model(**batch)["loss"]
+
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted after step 2: continue with resume=True") as caught:
+        train(make_model(), make_data(), config(), loss_fn=loss_fn, out=tmp_path)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    model, whole = make_model(), make_model()
+    train(model, make_data(), config(), out=tmp_path, resume=True)
+    train(whole, make_data(), config())
+    assert_same(state(whole), state(model))
