@@ -16,7 +16,7 @@ from rosa_fx.report_page.layers import Layer, layers_of
 from rosa_fx.spec import RosaSpec
 from rosa_fx.training import checkpoint as checkpoints
 from rosa_fx.training.metrics import read_metrics
-from rosa_fx.training.records import BEST, EVALUATION, RUN
+from rosa_fx.training.records import RUN
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class RunData:
     steps: list[dict[str, Any]]
     evals: list[dict[str, Any]]
     run: dict[str, Any]
-    best: dict[str, Any]
     layers: list[Layer]
     source: str
     notes: list[str] = field(default_factory=list)
@@ -64,7 +63,6 @@ def gather(folder: Path) -> RunData:
         steps=[row for row in rows if row["event"] == "step"],
         evals=[row for row in rows if row["event"] == "eval"],
         run=run,
-        best=_json(folder / BEST / EVALUATION, notes),
         layers=layers_of(tensors, shapes, scales),
         source=source,
         notes=notes,
