@@ -83,8 +83,9 @@ class Run(RunState):
         if found is not None:
             persistence.restore(self, found)
         if self.out is not None:
-            write_run(self.out, self)
-            self.tensorboard = TensorBoardLog(self.out / "tensorboard", self.config.tensorboard, self.step)
+            with rng.untouched():  # whatever TensorBoard draws
+                write_run(self.out, self)
+                self.tensorboard = TensorBoardLog(self.out / "tensorboard", self.config.tensorboard, self.step)
         if found is None:
             if resume:
                 self.message(f"{self.out} holds no checkpoint yet: starting from the beginning")
