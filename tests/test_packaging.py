@@ -21,6 +21,8 @@ SHIPPED = (
     "kernels/terms/low_rank.py",
     "passes/joint.py",
     "cli/app.py",
+    "report_page/style.css",
+    "report_page/page.js",
     "py.typed",
 )
 
