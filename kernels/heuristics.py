@@ -8,8 +8,9 @@ Two ways to compute y = x (D(Q)+S)ᵀ + s (x Aᵀ) Bᵀ + b (and dx = dy (D(Q)+S
 Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, not measurements):
 
 - fused, few rows: bytes of the packed weight over W. Many rows: M·N·K over e·P, where e is what decoding in the loop leaves
-  of the tensor cores. The compiled NF4 loops issue 1.3 (sm_90, 128×256) and 2.2 (sm_80, 128×128) times the instructions that
-  fit beside the products, so e is taken as 0.7 and 0.45 (public 4-bit kernels reach 0.46 to 0.82 of a dense product).
+  of the tensor cores. The compiled NF4 loops issue 0.5 of the instructions that fit beside the products (0.2 of them in the
+  dense loop already). They would hide if all ran beside products; but a step's tile is decoded before its products, and of
+  those only half run beside the next step's decoding on sm_90, none on sm_80. So e is taken as 0.75.
 - scratch: M·N·K over 0.95 P, and (0.5 + 2 + 2) bytes · N·K over W: packed weight, scratch buffer written and read.
   The two meet at M = 4.5 (P / W) / 2 (1 / e - 1 / 0.95) with P in FLOP/s: `CROSSOVER`.
 - The sparse part in the fused kernel is gathered from x: M·nnz loads of single elements and multiplications without tensor
@@ -29,8 +30,12 @@ import torch
 
 DECODE_ROWS = 16
 
+# What stands for the capability of an AMD GPU, which has fewer and different limits than the number would say.
+AMD = (0, 0)
+
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_MEMORY = {
+    AMD: 64 << 10,
     (7, 5): 64 << 10,
     (8, 0): 163 << 10,
     (8, 6): 99 << 10,
@@ -41,9 +46,9 @@ SHARED_MEMORY = {
     (12, 0): 99 << 10,
 }
 
-# Rows above which decoding once beats decoding in the loop, by major capability: A100 (312 TFLOP/s, 2.0 TB/s: 300) and H100
-# (989, 3.35: 1766), rounded to powers of two.
-CROSSOVER = {8: 256, 9: 2048, 10: 2048}
+# Rows above which decoding once beats decoding in the loop, by major capability: A100 (312 TFLOP/s, 2.0 TB/s: 1250) and H100
+# (989, 3.35: 2370), rounded down to powers of two.
+CROSSOVER = {8: 1024, 9: 2048, 10: 2048}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Tiles:
 
 def shared_limit(capability: tuple[int, int]) -> int:
     """Shared memory per program on that capability, or of the nearest older one that is known."""
-    known = [item for item in SHARED_MEMORY if item <= capability]
+    known = [item for item in SHARED_MEMORY if AMD < item <= capability or item == capability]
     return SHARED_MEMORY[max(known)] if known else 48 << 10
 
 
@@ -111,11 +116,12 @@ def shared_bytes(product: Product, tiles: Tiles) -> int:
 def fits(product: Product, tiles: Tiles) -> bool:
     """Whether the tiles fit shared memory, and the float32 accumulator its share of the 255 registers of a thread.
 
-    That is a half, and a quarter where weights are decoded and every warp holds the operands of its own products too (before
-    sm_90): larger tiles were seen to spill.
+    That is a half, and a quarter where a long step's weights are decoded and every warp holds the operands of its own products
+    too (before sm_90), or where operands are float32: larger tiles were seen to spill.
     """
     accumulator = tiles.block_m * tiles.block_out // (32 * tiles.warps)
-    most = 128 if product.kind == "dense" or product.capability >= (9, 0) else 64
+    short = product.kind == "dense" or product.capability >= (9, 0) or tiles.block_sum <= 32
+    most = 128 if short and product.dtype.itemsize == 2 else 64
     return shared_bytes(product, tiles) <= shared_limit(product.capability) and accumulator <= most
 
 
@@ -129,18 +135,34 @@ def rank_block(rank: int) -> int:
     return power_of_two(rank, 16, 64)
 
 
-# Best first. Few rows: bound by the bytes of the weight, so many small programs with long steps. Many rows: the larger the
-# tile, the more products share the decoding of a weight.
+# Best first. Few rows: bound by the bytes of the weight, so long steps with 16 bytes of codes a thread and, on the 108 to 148
+# multiprocessors of a large device, at least 16 KiB of them under way on each: programs of 32 outputs if there are 128.
 _DECODE = (
-    Tiles(16, 32, 128, 4, 4),
-    Tiles(16, 64, 128, 4, 4),
+    Tiles(16, 32, 512, 4, 3),
+    Tiles(16, 16, 512, 4, 3),
     Tiles(16, 16, 256, 4, 4),
+    Tiles(16, 64, 128, 4, 4),
+    Tiles(16, 32, 128, 4, 4),
     Tiles(16, 32, 64, 4, 3),
     Tiles(16, 16, 32, 2, 2),
 )
-_LARGE = (
+_PROGRAMS = 128
+# Many rows: a decoded weight is multiplied by as many rows as registers hold sums of.
+_WIDE = (
+    Tiles(256, 128, 128, 8, 2),
+    Tiles(256, 128, 64, 8, 3),
+    Tiles(256, 64, 64, 4, 3),
+)
+_WIDE_BEFORE_HOPPER = (
+    Tiles(256, 128, 32, 8, 4),
+    Tiles(256, 128, 32, 8, 3),
+    Tiles(256, 64, 64, 8, 3),
+)
+_DENSE = (
     Tiles(128, 256, 64, 8, 3),
     Tiles(256, 128, 64, 8, 3),
+)
+_LARGE = (
     Tiles(128, 128, 64, 8, 3),
     Tiles(128, 128, 32, 8, 3),
     Tiles(64, 128, 64, 4, 3),
@@ -149,19 +171,28 @@ _LARGE = (
     Tiles(32, 32, 32, 4, 2),
     Tiles(16, 16, 16, 2, 2),
 )
-_LARGE_BEFORE_HOPPER = (*_LARGE[2:3], *_LARGE[:2], *_LARGE[3:])
+
+
+def _candidates(product: Product) -> tuple[Tiles, ...]:
+    hopper = product.capability >= (9, 0)
+    if product.rows <= DECODE_ROWS:
+        return _DECODE if product.outputs >= _PROGRAMS * _DECODE[0].block_out else (*_DECODE[1:], _DECODE[0])
+    if product.kind == "dense":
+        return (*_DENSE, *_LARGE) if hopper else (*_LARGE[:1], *_DENSE, *_LARGE[1:])
+    if product.kind == "int8" and hopper:
+        # Its codes take twice the registers: the long step spills.
+        return (*_WIDE[1:], *_LARGE)
+    return (*(_WIDE if hopper else _WIDE_BEFORE_HOPPER), *_LARGE)
 
 
 def tile_choices(product: Product) -> list[Tiles]:
     """Tiles for the fused kernel, best first, never empty: shrunk to small matrices, and only what fits the device."""
-    many = _LARGE if product.capability >= (9, 0) else _LARGE_BEFORE_HOPPER
-    candidates: tuple[Tiles, ...] = _DECODE if product.rows <= DECODE_ROWS else many
     found: list[Tiles] = []
-    for tiles in candidates:
+    for tiles in _candidates(product):
         small = Tiles(
             block_m=min(tiles.block_m, power_of_two(product.rows, 16, 256)),
             block_out=min(tiles.block_out, power_of_two(product.outputs, 16, 256)),
-            block_sum=min(tiles.block_sum, power_of_two(product.depth, 16, 256)),
+            block_sum=min(tiles.block_sum, power_of_two(product.depth, 16, 512)),
             warps=tiles.warps,
             stages=tiles.stages if product.capability >= (8, 0) else min(tiles.stages, 2),
             group_m=tiles.group_m,
@@ -169,6 +200,17 @@ def tile_choices(product: Product) -> list[Tiles]:
         if fits(product, small) and small not in found:
             found.append(small)
     return found
+
+
+def choose_by_time(product: Product) -> bool:
+    """Whether an autotuner has both ways to time: the fused kernel can, and it is not a matter of bytes alone."""
+    return product.rows > DECODE_ROWS and not (product.nnz and product.transposed)
+
+
+def permutes(product: Product) -> bool:
+    """Whether the device has the arithmetic on pairs that decoding uses: in float16 from sm_75, in bfloat16 from sm_80."""
+    least = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}.get(product.dtype)
+    return least is not None and product.capability >= least
 
 
 def fuse(product: Product) -> bool:

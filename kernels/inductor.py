@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -222,6 +223,56 @@ def triton_template(name: str, by_row: bool, source: str) -> Any:
     return Template(name=name, grid=rows_by_tiles if by_row else tiles, source=source)
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to a template's output: how long it takes in ms, on tensors like the template's inputs, and its IR."""
+
+    name: str
+    time: Callable[[Sequence[torch.Tensor], torch.Tensor], float]
+    build: Callable[[], Any]
+
+
+def time_call(function: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that `function` takes on `device`, as Inductor times the choices of its autotuner."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    return float(benchmarker.benchmark(function, (), {}, device=device))
+
+
+def template_timer(
+    template: Any, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype, option: dict[str, Any]
+) -> Callable[..., float]:
+    """`timer(*tensors, out=tensor)`: milliseconds that the template takes over buffers like `inputs`."""
+    from torch._inductor.ir import FixedLayout
+
+    choices: list[Any] = []
+    layout = FixedLayout(inputs[0].get_device(), dtype, list(size))
+    error = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **option)
+    if error is not None:
+        raise error
+    timer: Callable[..., float] = choices[0].benchmark
+    return timer
+
+
+def _alternative_choice(alternative: Alternative, inputs: Sequence[Any], layout: Any) -> Any:
+    from torch._inductor.ir import ChoiceCaller
+
+    class Choice(ChoiceCaller):
+        def benchmark(self, *args: Any, out: torch.Tensor) -> float:
+            return alternative.time(args, out)
+
+        def call_name(self) -> str:
+            return alternative.name
+
+        def hash_key(self) -> str:
+            return alternative.name
+
+        def output_node(self) -> Any:
+            return alternative.build()
+
+    return Choice(alternative.name, list(inputs), layout, "")
+
+
 def template_output(
     name: str,
     template: Any,
@@ -230,10 +281,12 @@ def template_output(
     dtype: torch.dtype,
     options: Sequence[dict[str, Any]],
     examples: dict[int, Callable[[], torch.Tensor]] | None = None,
+    alternative: Alternative | None = None,
 ) -> Any:
     """The output of the template over `inputs`: of the only option, or of the one that autotuning finds fastest.
 
-    `examples` makes inputs for autotuning, by position: random numbers will not do for what is used as an address.
+    `examples` makes inputs for autotuning, by position: random numbers will not do for what is used as an address, and
+    integers would all be 0. `alternative` is timed beside the options.
     """
     from torch._inductor.ir import FixedLayout
     from torch._inductor.select_algorithm import autotune_select_algorithm
@@ -244,8 +297,13 @@ def template_output(
         error = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **option)
         if error is not None:
             raise error
+    # What is several buffers cannot be decided on later, when epilogues are fused.
+    now: dict[str, Any] = {}
+    if alternative is not None:
+        choices.append(_alternative_choice(alternative, inputs, layout))
+        now["return_multi_template"] = False
     makers = {position: lambda buffer, make=make: make() for position, make in (examples or {}).items()}
-    node, _ = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=makers or None)
+    node, _ = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=makers or None, **now)
     return node
 
 

@@ -6,13 +6,14 @@ The operators allocate nothing: every buffer is Inductor's, so that CUDA graphs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rosa_fx.kernels import heuristics, inductor, lower_grads
+from rosa_fx.kernels import heuristics, inductor
 from rosa_fx.kernels.bases.fourbit import NESTED_BLOCKSIZE, FourBitFormat, _dynamic_map
 from rosa_fx.kernels.heuristics import Product, Tiles
 from rosa_fx.kernels.layout import Layout
@@ -35,9 +36,20 @@ class Operands:
     x: Any
     bias: Any
     weight: list[Any]
-    low_rank: tuple[Any, ...] | None
+    low_rank: tuple[Any, Any] | None
     scale: float
     sparse: list[Any]
+
+    @functools.cached_property
+    def thin(self) -> Any:
+        """x Aᵀ [M, R], or x (s B) [M, R] if transposed, as a product that Inductor sees."""
+        assert self.low_rank is not None
+        A, B = self.low_rank
+        dtype = self.product.dtype
+        if self.product.transposed:
+            wide = inductor.lower(aten.mul.Tensor, inductor.cast(B, torch.float32), self.scale)
+            return inductor.lower(aten.mm.default, self.x, inductor.cast(wide, dtype))
+        return inductor.lower(aten.mm.default, self.x, inductor.lower(aten.permute.default, inductor.cast(A, dtype), [1, 0]))
 
 
 def register() -> None:
@@ -46,7 +58,6 @@ def register() -> None:
         return
     inductor.register_lowering(ops.linear.default, _linear)
     inductor.register_lowering(ops.linear_t.default, _linear_t)
-    lower_grads.register()
 
 
 def _linear(x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], key: str) -> Any:
@@ -74,25 +85,25 @@ def _lower(x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], key: st
     operands = _operands(flat, bias, base, delta, layout, transposed)
     if operands is None:
         return None
-    out = _fused(operands) if heuristics.fuse(operands.product) else _scratch(operands)
+    timed = inductor.max_autotune() and heuristics.choose_by_time(operands.product)
+    out = _fused(operands, timed) if timed or heuristics.fuse(operands.product) else _scratch(operands)
     return out if len(sizes) == 2 else inductor.lower(aten.reshape.default, out, [*sizes[:-1], outputs])
 
 
 def _operands(
     x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], layout: Layout, transposed: bool
 ) -> Operands | None:
-    low_rank: tuple[Any, ...] | None = None
+    low_rank: tuple[Any, Any] | None = None
     scale = 1.0
     sparse: list[Any] = []
     for item, tensors in layout.split(delta):
         nodes: list[Any] = list(tensors)
         if not item.contributes or 0 in nodes[0].get_size():
             continue
-        # A product with the activations, behind A and B, has as many rows as those.
-        if not all(inductor.is_static(node) for node in (nodes[:2] if isinstance(item, LowRank) else nodes)):
+        if not all(inductor.is_static(node) for node in nodes):
             return None
         if isinstance(item, LowRank) and low_rank is None:
-            low_rank, scale = tuple(nodes), item.scale
+            low_rank, scale = (nodes[0], nodes[1]), item.scale
         elif isinstance(item, Sparse) and not sparse:
             sparse = nodes
         else:
@@ -110,7 +121,7 @@ def _operands(
         rank=inductor.size_hint(low_rank[0].get_size()[0]) if low_rank else 0,
         nnz=inductor.size_hint(sparse[0].get_size()[0]) if sparse else 0,
         transposed=transposed,
-        capability=inductor.capability(device),
+        capability=heuristics.AMD if torch.version.hip is not None else inductor.capability(device),
     )
     weight = list(base)
     if isinstance(layout.base, FourBitFormat) and layout.base.double_quant:
@@ -125,6 +136,7 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
     base = layout.base
     fourbit = base if isinstance(base, FourBitFormat) else None
     narrow = product.dtype in (torch.float16, torch.bfloat16)
+    ptx = fourbit is not None and inductor.runs_ptx(operands.x.get_device())
     return {
         "DTYPE": _TRITON_DTYPES[product.dtype],
         "ALLOW_TF32": bool(torch.backends.cuda.matmul.allow_tf32),
@@ -142,21 +154,9 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
         "DOUBLE_QUANT": fourbit is not None and fourbit.double_quant,
         "SCALES_PER_ROW": heuristics.scales_per_row(k, fourbit.blocksize, columns) if fourbit else 0,
         # The permutes are PTX and keep 16 bits of mantissa: enough for what is rounded to 8 or 11.
-        "ASM": fourbit is not None and narrow and inductor.runs_ptx(operands.x.get_device()),
+        "ASM": ptx and narrow,
+        "PAIRS": ptx and heuristics.permutes(product),
     }
-
-
-def _thin(operands: Operands) -> Any:
-    """x Aᵀ [M, R], or x (s B) [M, R] if transposed, as a product that Inductor sees."""
-    assert operands.low_rank is not None
-    A, B, *given = operands.low_rank
-    if given:
-        return given[0]
-    dtype = operands.product.dtype
-    if operands.product.transposed:
-        wide = inductor.lower(aten.mul.Tensor, inductor.cast(B, torch.float32), operands.scale)
-        return inductor.lower(aten.mm.default, operands.x, inductor.cast(wide, dtype))
-    return inductor.lower(aten.mm.default, operands.x, inductor.lower(aten.permute.default, inductor.cast(A, dtype), [1, 0]))
 
 
 def _factor(operands: Operands) -> Any:
@@ -165,27 +165,78 @@ def _factor(operands: Operands) -> Any:
     return operands.low_rank[0 if operands.product.transposed else 1]
 
 
-def _fused(operands: Operands) -> Any:
+def _fused(operands: Operands, timed: bool) -> Any:
+    """The fused kernel; if `timed`, or what an autotuner finds faster: one of its other tiles, or the scratch buffer."""
     product = operands.product
     inputs = [operands.x, *operands.weight]
     if operands.low_rank is not None:
-        inputs += [_thin(operands), _factor(operands)]
-    examples = _csr_examples(operands, len(inputs))
+        inputs += [operands.thin, _factor(operands)]
+    examples = _code_examples(operands) | _csr_examples(operands, len(inputs))
     inputs += operands.sparse
     if operands.bias is not None:
         inputs.append(operands.bias)
+    inputs = list(inductor.realize(*inputs))
     choices = heuristics.tile_choices(product)
     kept = choices if inductor.max_autotune() else choices[:1]
     name = "linear_t" if product.transposed else "linear"
     return inductor.template_output(
         f"rosa_{name}",
         template(name, product.kind),
-        inductor.realize(*inputs),
+        inputs,
         [operands.x.get_size()[0], product.outputs],
         product.dtype,
         [_fused_options(operands, tiles) for tiles in kept],
         examples,
+        _scratch_alternative(operands, inputs) if timed else None,
     )
+
+
+def _scratch_alternative(operands: Operands, inputs: list[Any]) -> inductor.Alternative:
+    """The scratch buffer and the library's product, timed one after the other on tensors like `inputs` of the fused kernel."""
+    product = operands.product
+    n, k = operands.layout.shape
+    weights, joined = len(operands.weight), _joined(product)
+    thin = 1 + weights if product.rank else None
+    sparse = 1 + weights + (2 if product.rank else 0)
+    kept = list(range(1, 1 + weights)) + ([2 + weights] if joined else [])
+    kept += range(sparse, sparse + len(operands.sparse))
+    size = [n + joined, k] if product.transposed else [n, k + joined]
+    scratch = template("scratch", product.kind)
+    timer = inductor.template_timer(scratch, [inputs[i] for i in kept], size, product.dtype, _dense_options(operands, joined))
+
+    def time(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> float:
+        dense = torch.empty(size, dtype=product.dtype, device=out.device)
+        spent = timer(*(tensors[i] for i in kept), out=dense)
+        right = dense if product.transposed else dense.t()
+        x = tensors[0]
+
+        def multiply() -> object:
+            left = torch.cat([x, tensors[thin]], 1) if joined and thin is not None else x
+            if thin is None or joined:
+                return torch.mm(left, right, out=out)
+            factor = tensors[thin + 1].to(product.dtype)
+            return torch.mm(left, right, out=out).addmm_(tensors[thin], factor if product.transposed else factor.t())
+
+        return spent + inductor.time_call(multiply, out.device)
+
+    return inductor.Alternative("rosa_scratch_and_mm", time, lambda: _scratch(operands))
+
+
+def _code_examples(operands: Operands) -> dict[int, Callable[[], torch.Tensor]]:
+    """Random codes to time kernels on: the values of integers that address a table decide how fast that goes."""
+    device = operands.x.get_device()
+
+    def codes(shape: list[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        limits = torch.iinfo(dtype)
+        return lambda: torch.randint(limits.min, limits.max + 1, shape, dtype=dtype).to(device)
+
+    parts = enumerate(operands.weight, 1)
+    integers = {torch.uint8, torch.int8}
+    return {
+        at: codes([int(size) for size in part.get_size()], part.get_dtype())
+        for at, part in parts
+        if part.get_dtype() in integers
+    }
 
 
 def _csr_examples(operands: Operands, first: int) -> dict[int, Callable[[], torch.Tensor]]:
@@ -219,17 +270,22 @@ def _fused_options(operands: Operands, tiles: Tiles) -> dict[str, Any]:
     }
 
 
+def _joined(product: Product) -> int:
+    """Ranks that ride in the library's product, as columns of its operands."""
+    return product.rank if product.dtype != torch.float32 else 0
+
+
 def _scratch(operands: Operands) -> Any:
     """[x, x Aᵀ] [D(Q) + S, s B]ᵀ: the low-rank part rides in the accumulator of the library's product.
 
     In float32 it is added by a thin product of its own, which rounds no worse and copies neither x nor the weight.
     """
     product = operands.product
-    joined = product.rank if product.dtype != torch.float32 else 0
+    joined = _joined(product)
     dense = _dense(operands, joined)
     left = operands.x
     if joined:
-        left = inductor.lower(aten.cat.default, [left, _thin(operands)], 1)
+        left = inductor.lower(aten.cat.default, [left, operands.thin], 1)
     right = dense if product.transposed else inductor.lower(aten.permute.default, dense, [1, 0])
     if operands.bias is None:
         out = inductor.lower(aten.mm.default, left, right)
@@ -239,9 +295,9 @@ def _scratch(operands: Operands) -> Any:
         return out
     factor = inductor.cast(_factor(operands), product.dtype)
     if product.transposed:
-        return inductor.lower(aten.addmm.default, out, _thin(operands), factor)
+        return inductor.lower(aten.addmm.default, out, operands.thin, factor)
     thin = inductor.lower(aten.permute.default, factor, [1, 0])
-    return inductor.lower(aten.addmm.default, out, _thin(operands), thin, alpha=operands.scale)
+    return inductor.lower(aten.addmm.default, out, operands.thin, thin, alpha=operands.scale)
 
 
 def _dense(operands: Operands, rank: int) -> Any:
@@ -252,13 +308,18 @@ def _dense(operands: Operands, rank: int) -> Any:
     if rank:
         inputs.append(_factor(operands))
     inputs += operands.sparse
-    block = heuristics.power_of_two(k if product.transposed else k + rank, 16, 1024)
-    options = {"RANK": rank, "ROWS": n, "COLUMNS": k, "BLOCK_K": block, "BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
     return inductor.template_output(
         "rosa_scratch",
         template("scratch", product.kind),
         inductor.realize(*inputs),
         [n + rank, k] if product.transposed else [n, k + rank],
         product.dtype,
-        [_options(operands, block) | options],
+        [_dense_options(operands, rank)],
     )
+
+
+def _dense_options(operands: Operands, rank: int) -> dict[str, Any]:
+    n, k = operands.layout.shape
+    block = heuristics.power_of_two(k if operands.product.transposed else k + rank, 16, 1024)
+    options = {"RANK": rank, "ROWS": n, "COLUMNS": k, "BLOCK_K": block, "BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
+    return _options(operands, block) | options

@@ -6,12 +6,17 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from rosa_fx.kernels.lookup import permute_asm, select_tree, table
+import torch
+
+from rosa_fx.kernels.lookup import pair_asm, permute_asm, select_tree, stretched, table
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 
 # What bitsandbytes multiplies int8 codes by, beside the scale of the row: its float32 of 1 / 127.
 INT8_STEP = 7.874015718698502e-3
+
+# Dtypes of 16 bits as the templates name them.
+NARROW = {"tl.bfloat16": torch.bfloat16, "tl.float16": torch.float16}
 
 _TILES = {"nf4": "fourbit", "fp4": "fourbit", "int8": "int8", "dense": "dense"}
 _WEIGHT_ARGUMENTS = {
@@ -34,6 +39,7 @@ def source(operator: str, kind: str) -> str:
         '{% set SPARSE_PARTS = ["VALUES", "ROW_OFFSETS", "COLS"] if SPARSE else [] %}',
         f"{{% set INT8 = {tile == 'int8'} %}}",
         f"{{% set SCALE_IN_TILE = {operator != 'linear'} %}}",
+        f"{{% set MAIN_LOOP = {operator != 'scratch'} %}}",
     ]
     if tile == "fourbit":
         tree = select_tree(table(kind), "{{code}}")
@@ -41,6 +47,11 @@ def source(operator: str, kind: str) -> str:
             f"{{% macro lookup(code) -%}} {tree} {{%- endmacro %}}",
             f"{{% set LOOKUP_ASM = {permute_asm(table(kind))!r} %}}",
         ]
+        narrow = {name: stretched(kind, dtype) for name, dtype in NARROW.items()}
+        pairs = {name: pair_asm(values, NARROW[name]) for name, (values, _) in narrow.items()}
+        trees = {name: select_tree(values, "tile_code") for name, (values, _) in narrow.items()}
+        factors = {name: factor for name, (_, factor) in narrow.items()}
+        head += [f"{{% set PAIR_ASM = {pairs!r} %}}", f"{{% set TREES = {trees!r} %}}", f"{{% set FACTORS = {factors!r} %}}"]
     parts = [*head, (FOLDER / f"tile_{tile}.jinja").read_text(), (FOLDER / f"{operator}.jinja").read_text()]
     return "\n".join(parts)
 

@@ -278,6 +278,41 @@ def test_autotuning_times_the_tiles_and_keeps_one(monkeypatch: pytest.MonkeyPatc
     assert len(kernels(code)) == 1
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int8"])
+def test_autotuning_decides_between_the_loop_and_a_scratch_buffer(
+    monkeypatch: pytest.MonkeyPatch, name: str, transposed: bool
+) -> None:
+    """Both ways are timed on codes that are not all 0, and the faster one is what is generated: each in its turn."""
+    monkeypatch.setattr(heuristics, "tile_choices", lambda product: [heuristics.Tiles(16, 32, 32, 4, 2)])
+    spread = []
+    template_timer = inductor.template_timer
+
+    def watched(*arguments: Any) -> Callable[..., float]:
+        timer = template_timer(*arguments)
+
+        def run(*tensors: Tensor, out: Tensor) -> float:
+            spread.extend(int(tensor.unique().numel()) for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8))
+            taken = timer(*tensors, out=out)
+            assert taken > 0
+            assert not out.isnan().any(), "what was timed wrote only a part"
+            return taken * scale
+
+        return run
+
+    monkeypatch.setattr(inductor, "template_timer", watched)
+    layer = build(FORMATS[name], 20, (33, 64), entries="none", dtype=torch.bfloat16, transposed=transposed)
+    for scale, products in ((1e6, 1), (1e-6, 2)):
+        spread.clear()
+        if scale < 1:
+            monkeypatch.setattr(inductor, "time_call", lambda function, device: 1e-6 * (function() is None))
+        code = check(layer, options={"max_autotune": True, "max_autotune_gemm_backends": "ATEN", "autotune_local_cache": False})
+        # x Aᵀ is the library's either way.
+        assert len(calls(code, "extern_kernels")) == products
+        assert spread
+        assert min(spread) > 8
+
+
 def test_batches_and_strides() -> None:
     """3-D activations, and rows that do not lie one after the other, without a copy of the result."""
     layer = build(FORMATS["nf4"], 12, (20, 32), entries="random")
