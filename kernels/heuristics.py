@@ -149,7 +149,6 @@ _DECODE = (
 _PROGRAMS = 128
 # Many rows: a decoded weight is multiplied by as many rows as registers hold sums of.
 _WIDE = (
-    Tiles(256, 128, 128, 8, 2),
     Tiles(256, 128, 64, 8, 3),
     Tiles(256, 64, 64, 4, 3),
 )
@@ -179,9 +178,6 @@ def _candidates(product: Product) -> tuple[Tiles, ...]:
         return _DECODE if product.outputs >= _PROGRAMS * _DECODE[0].block_out else (*_DECODE[1:], _DECODE[0])
     if product.kind == "dense":
         return (*_DENSE, *_LARGE) if hopper else (*_LARGE[:1], *_DENSE, *_LARGE[1:])
-    if product.kind == "int8" and hopper:
-        # Its codes take twice the registers: the long step spills.
-        return (*_WIDE[1:], *_LARGE)
     return (*(_WIDE if hopper else _WIDE_BEFORE_HOPPER), *_LARGE)
 
 

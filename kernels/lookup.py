@@ -57,9 +57,14 @@ prmt.b32 m0, u, {source}, 0xd9c8;
 prmt.b32 m1, u, {source}, 0xfbea;"""
 
 
-def _plane(data: list[int], target: str) -> list[str]:
-    """One byte of the values of all eight codes, to `target`0 and `target`1; `data` is that byte of the sixteen values."""
-    words = [f"0x{int.from_bytes(bytes(data[i : i + 4]), 'little'):08x}" for i in range(0, 16, 4)]
+def _words(bits: list[int], plane: int) -> list[int]:
+    """One byte of the sixteen values, in four registers."""
+    data = bytes((word >> 8 * plane) & 0xFF for word in bits)
+    return [int.from_bytes(data[i : i + 4], "little") for i in range(0, 16, 4)]
+
+
+def _plane(words: list[str], target: str) -> list[str]:
+    """One byte of the values of all eight codes, to `target`0 and `target`1; `words` hold that byte of the sixteen values."""
     lines = []
     for half, selector in enumerate("st"):
         lines += [
@@ -86,17 +91,28 @@ def stretched(kind: str, dtype: torch.dtype) -> tuple[tuple[float, ...], float]:
     return tuple(rounded[best].tolist()), 1.0 / float(factors[best])
 
 
+def _bits(values: tuple[float, ...], dtype: torch.dtype) -> list[int]:
+    return [int(value) & 0xFFFF for value in torch.tensor(values, dtype=dtype, device="cpu").view(torch.int16)]
+
+
+def pair_words(values: tuple[float, ...], dtype: torch.dtype) -> list[int]:
+    """The half of `pair_asm`'s table that has to be in registers: an instruction can hold one word of the two it permutes."""
+    return [_words(_bits(values, dtype), plane)[i] for plane in (0, 1) for i in (0, 2)]
+
+
 def pair_asm(values: tuple[float, ...], dtype: torch.dtype) -> str:
     """PTX from one register of four bytes ($4) to their weights in order, a pair of `dtype` for each byte ($0..$3).
 
     `values` are numbers of `dtype`, which is bfloat16 or float16. $5..$8 hold the scale of each byte, rounded to `dtype`, and
     $9..$12 what the rounding left, both twice in a register: v · high + (v · low) is rounded as v · (high + low) would be.
+    $13, $17, $21 and $25 hold `pair_words`.
     """
-    bits = [int(value) & 0xFFFF for value in torch.tensor(values, dtype=dtype, device="cpu").view(torch.int16)]
+    bits = _bits(values, dtype)
     suffix = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}[dtype]
     lines = [".reg .b32 s, t, u, m0, m1, x, y, z, p00, p01, p10, p11;", *_MASKS.format(source="$4").splitlines()]
     for plane in (0, 1):
-        lines += _plane([(word >> 8 * plane) & 0xFF for word in bits], f"p{plane}")
+        _, second, _, fourth = (f"0x{word:08x}" for word in _words(bits, plane))
+        lines += _plane([f"${13 + 8 * plane}", second, f"${17 + 8 * plane}", fourth], f"p{plane}")
     lines.append("mov.b32 z, 0x80008000;")
     for byte in range(4):
         half = byte // 2
@@ -115,7 +131,7 @@ def permute_asm(values: tuple[float, ...]) -> str:
     planes = [f"p{plane}{half}" for plane in PLANES for half in (0, 1)]
     lines = [f".reg .b32 s, t, u, m0, m1, x, y, c01, c23, {', '.join(planes)};", *_MASKS.format(source="$8").splitlines()]
     for plane in PLANES:
-        lines += _plane([(word >> 8 * plane) & 0xFF for word in bits], f"p{plane}")
+        lines += _plane([f"0x{word:08x}" for word in _words(bits, plane)], f"p{plane}")
     for half in (0, 1):
         # Codes lie low half first: the four of this half are low, high, low, high.
         high, low = 2 * half, 4 + 2 * half

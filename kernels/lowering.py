@@ -257,8 +257,13 @@ def _csr_examples(operands: Operands, first: int) -> dict[int, Callable[[], torc
 def _fused_options(operands: Operands, tiles: Tiles) -> dict[str, Any]:
     transposed = operands.product.transposed
     block_n, block_k = (tiles.block_sum, tiles.block_out) if transposed else (tiles.block_out, tiles.block_sum)
+    n, k = operands.layout.shape
     return {
         **_options(operands, block_k),
+        "ROW_MASK": transposed and n % block_n != 0,
+        "COLUMN_MASK": k % block_k != 0,
+        # Rows of a decode step are few and would be read again; they are masked instead.
+        "X_MASK": tiles.block_m == 16,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -321,5 +326,14 @@ def _dense(operands: Operands, rank: int) -> Any:
 def _dense_options(operands: Operands, rank: int) -> dict[str, Any]:
     n, k = operands.layout.shape
     block = heuristics.power_of_two(k if operands.product.transposed else k + rank, 16, 1024)
-    options = {"RANK": rank, "ROWS": n, "COLUMNS": k, "BLOCK_K": block, "BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
-    return _options(operands, block) | options
+    return _options(operands, block) | {
+        "RANK": rank,
+        "ROWS": n,
+        "COLUMNS": k,
+        "ROW_MASK": True,
+        "COLUMN_MASK": True,
+        "BLOCK_K": block,
+        "BLOCK_S": 64,
+        "num_warps": 4,
+        "num_stages": 1,
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rosa_fx.kernels.lookup import pair_asm, permute_asm, select_tree, stretched, table
+from rosa_fx.kernels.lookup import pair_asm, pair_words, permute_asm, select_tree, stretched, table
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 
@@ -26,11 +26,22 @@ _WEIGHT_ARGUMENTS = {
 }
 
 
+# What follows the address of a load from the weight, by conditions on its rows and columns: nothing, where tiles fit.
+_MASKED = """{% macro masked(row, column) -%}
+{% if ROW_MASK and row and COLUMN_MASK and column %}, mask={{row}} & {{column}}, other=0
+{%- elif ROW_MASK and row %}, mask={{row}}, other=0
+{%- elif COLUMN_MASK and column %}, mask={{column}}, other=0
+{%- endif %}
+{%- endmacro %}"""
+
+
 def source(operator: str, kind: str) -> str:
     """The Jinja source of `operator` ("linear", "linear_t" or "scratch") for a base of `kind`.
 
     Symbols: M rows of activations, weight [N, K] as stored, R rank. BLOCK_*: the tile of one program; TILE_N, TILE_K: the tile
-    of the weight that it decodes. X the activations, Q packed codes (W a dense weight), ABSMAX and NESTED_*: scales,
+    of the weight that it decodes, at row tile_row0 + tile_lane and column tile_k0; ROW_MASK, COLUMN_MASK: whether a tile may
+    reach beyond the weight, X_MASK: beyond the rows of X. X the activations, Q packed codes (W a dense weight), ABSMAX and
+    NESTED_*: scales,
     XA = x Aᵀ and XB = x B, DTYPE the dtype of the product, FLAT the integer dtype of flat positions in the weight.
     """
     tile = _TILES[kind]
@@ -40,6 +51,7 @@ def source(operator: str, kind: str) -> str:
         f"{{% set INT8 = {tile == 'int8'} %}}",
         f"{{% set SCALE_IN_TILE = {operator != 'linear'} %}}",
         f"{{% set MAIN_LOOP = {operator != 'scratch'} %}}",
+        _MASKED,
     ]
     if tile == "fourbit":
         tree = select_tree(table(kind), "{{code}}")
@@ -49,9 +61,15 @@ def source(operator: str, kind: str) -> str:
         ]
         narrow = {name: stretched(kind, dtype) for name, dtype in NARROW.items()}
         pairs = {name: pair_asm(values, NARROW[name]) for name, (values, _) in narrow.items()}
+        words = {name: pair_words(values, NARROW[name]) for name, (values, _) in narrow.items()}
         trees = {name: select_tree(values, "tile_code") for name, (values, _) in narrow.items()}
         factors = {name: factor for name, (_, factor) in narrow.items()}
-        head += [f"{{% set PAIR_ASM = {pairs!r} %}}", f"{{% set TREES = {trees!r} %}}", f"{{% set FACTORS = {factors!r} %}}"]
+        head += [
+            f"{{% set PAIR_ASM = {pairs!r} %}}",
+            f"{{% set WORDS = {words!r} %}}",
+            f"{{% set TREES = {trees!r} %}}",
+            f"{{% set FACTORS = {factors!r} %}}",
+        ]
     parts = [*head, (FOLDER / f"tile_{tile}.jinja").read_text(), (FOLDER / f"{operator}.jinja").read_text()]
     return "\n".join(parts)
 
