@@ -170,10 +170,25 @@ _LARGE = (
     Tiles(32, 32, 32, 4, 2),
     Tiles(16, 16, 16, 2, 2),
 )
+# Without tensor cores for the dtype every thread holds operands of its own: what is larger was seen to spill.
+_SCALAR_DECODE = (
+    Tiles(16, 32, 64, 4, 2),
+    Tiles(16, 16, 32, 2, 2),
+)
+_SCALAR = (
+    Tiles(64, 64, 16, 4, 2),
+    Tiles(32, 32, 32, 4, 2),
+    Tiles(16, 16, 16, 2, 2),
+)
 
 
 def _candidates(product: Product) -> tuple[Tiles, ...]:
     hopper = product.capability >= (9, 0)
+    before_ampere = AMD < product.capability < (8, 0)
+    if product.dtype.itemsize > 2 or before_ampere:
+        if product.rows <= DECODE_ROWS:
+            return _SCALAR_DECODE
+        return _SCALAR if before_ampere else (Tiles(64, 64, 32, 4, 2), *_SCALAR)
     if product.rows <= DECODE_ROWS:
         return _DECODE if product.outputs >= _PROGRAMS * _DECODE[0].block_out else (*_DECODE[1:], _DECODE[0])
     if product.kind == "dense":

@@ -278,8 +278,7 @@ def test_autotuning_times_the_tiles_and_keeps_one(monkeypatch: pytest.MonkeyPatc
     assert len(kernels(code)) == 1
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int8"])
+@pytest.mark.parametrize(("name", "transposed"), [("nf4 nested", False), ("int8", True)])
 def test_autotuning_decides_between_the_loop_and_a_scratch_buffer(
     monkeypatch: pytest.MonkeyPatch, name: str, transposed: bool
 ) -> None:
@@ -301,7 +300,7 @@ def test_autotuning_decides_between_the_loop_and_a_scratch_buffer(
         return run
 
     monkeypatch.setattr(inductor, "template_timer", watched)
-    layer = build(FORMATS[name], 20, (33, 64), entries="none", dtype=torch.bfloat16, transposed=transposed)
+    layer = build(FORMATS[name], 20, (24, 32), entries="none", dtype=torch.bfloat16, transposed=transposed)
     for scale, products in ((1e6, 1), (1e-6, 2)):
         spread.clear()
         if scale < 1:
