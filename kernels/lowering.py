@@ -18,6 +18,7 @@ from rosa_fx.kernels.bases.fourbit import NESTED_BLOCKSIZE, FourBitFormat, _dyna
 from rosa_fx.kernels.heuristics import Product, Tiles
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.low_rank import LowRank
+from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
 from rosa_fx.kernels.triton_templates import INT8_STEP, template
 
@@ -39,10 +40,13 @@ class Operands:
     low_rank: tuple[Any, Any] | None
     scale: float
     sparse: list[Any]
+    given: Any = None
 
     @functools.cached_property
     def thin(self) -> Any:
-        """x Aᵀ [M, R], or x (s B) [M, R] if transposed, as a product that Inductor sees."""
+        """x Aᵀ [M, R], or x (s B) [M, R] if transposed: what is given, or a product that Inductor sees."""
+        if self.given is not None:
+            return self.given
         assert self.low_rank is not None
         A, B = self.low_rank
         dtype = self.product.dtype
@@ -96,10 +100,14 @@ def _operands(
     low_rank: tuple[Any, Any] | None = None
     scale = 1.0
     sparse: list[Any] = []
+    given: Any = None
     for item, tensors in layout.split(delta):
         nodes: list[Any] = list(tensors)
         if not item.contributes or 0 in nodes[0].get_size():
             continue
+        if isinstance(item, LowRankGiven):
+            # The one operand with as many rows as x, which may be dynamic.
+            given = nodes.pop()
         if not all(inductor.is_static(node) for node in nodes):
             return None
         if isinstance(item, LowRank) and low_rank is None:
@@ -126,7 +134,7 @@ def _operands(
     weight = list(base)
     if isinstance(layout.base, FourBitFormat) and layout.base.double_quant:
         weight.append(inductor.constant(_dynamic_map(torch.device("cpu")), device))
-    return Operands(layout, product, x, bias, weight, low_rank, scale, sparse)
+    return Operands(layout, product, x, bias, weight, low_rank, scale, sparse, given)
 
 
 def _options(operands: Operands, columns: int) -> dict[str, Any]:
