@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rosa_fx.kernels import heuristics, inductor
+from rosa_fx.kernels import heuristics, inductor, lower_grads
 from rosa_fx.kernels.bases.fourbit import NESTED_BLOCKSIZE, FourBitFormat, _dynamic_map
 from rosa_fx.kernels.heuristics import Product, Tiles
 from rosa_fx.kernels.layout import Layout
@@ -62,6 +62,7 @@ def register() -> None:
         return
     inductor.register_lowering(ops.linear.default, _linear)
     inductor.register_lowering(ops.linear_t.default, _linear_t)
+    lower_grads.register()
 
 
 def _linear(x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], key: str) -> Any:
