@@ -166,10 +166,16 @@ def _emit_product(graph: Graph, x: Node, stack: StackOperand, transposed: bool, 
     if stack.copies > 1:
         x = _stack_first(graph, x, stack.copies, stack.layout.stack)
     new = emit(graph, target, x, None, stack.index, base, delta, key)
-    new.meta.update({k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")})
+    _describe_like(new, like)
     if stack.copies > 1:
         new = _copies_first(graph, new, stack)
     return new, "linear" if transposed else "linear_t"
+
+
+def _describe_like(new: Node, old: Node) -> None:
+    """Where `new` comes from, as `old` says it, without what `old` knew of its own arguments and result."""
+    own = ("val", "tensor_meta", "eager_input_vals")
+    new.meta.update({key: value for key, value in old.meta.items() if key not in own})
 
 
 def _stack_first(graph: Graph, x: Node, copies: int, size: int) -> Node:
@@ -249,7 +255,7 @@ def _grouped(graph: Graph, at: Node, x: Node, weight: Node, offs: Node, forward:
     base, delta, _ = stack.source.args
     with graph.inserting_before(at):
         new = emit(graph, target, x, offs, None, base, delta, stack.layout.part_of_each(stack.region).key)
-    new.meta.update({k: v for k, v in at.meta.items() if k not in ("val", "tensor_meta")})
+    _describe_like(new, at)
     return new, stack.source, "linear" if transposed else "linear_t"
 
 
