@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from rosa_fx.adapter_files import load_adapter, save_adapter
     from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
     from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
-    from rosa_fx.errors import RosaError
+    from rosa_fx.errors import EagerTrainingWarning, RosaError
     from rosa_fx.huggingface import RosaCallback
     from rosa_fx.mask import Mask
+    from rosa_fx.mask_files import load_masks, save_masks
     from rosa_fx.merging import merge
+    from rosa_fx.peft_export import export_peft
+    from rosa_fx.peft_import import import_peft
     from rosa_fx.regions import compile_blocks
     from rosa_fx.report import RewriteReport, TargetReport, explain
     from rosa_fx.schedule import MaskSchedule
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EagerTrainingWarning",
     "Mask",
     "MaskSchedule",
     "RewriteReport",
@@ -38,12 +42,16 @@ __all__ = [
     "compile_blocks",
     "delta",
     "explain",
+    "export_peft",
+    "import_peft",
     "load_adapter",
     "load_adapter_state",
+    "load_masks",
     "masks",
     "merge",
     "optimizer_for",
     "save_adapter",
+    "save_masks",
     "set_masks",
     "train",
     "trainable_parameters",
@@ -54,9 +62,12 @@ _HOME = {
     "rosa_fx.adapter_files": ("load_adapter", "save_adapter"),
     "rosa_fx.adapters": ("adapter_state", "load_adapter_state", "masks", "set_masks"),
     "rosa_fx.attach": ("adapter", "base_weight", "delta", "trainable_parameters", "transform"),
-    "rosa_fx.errors": ("RosaError",),
+    "rosa_fx.errors": ("EagerTrainingWarning", "RosaError"),
     "rosa_fx.huggingface": ("RosaCallback",),
     "rosa_fx.mask": ("Mask",),
+    "rosa_fx.mask_files": ("load_masks", "save_masks"),
+    "rosa_fx.peft_export": ("export_peft",),
+    "rosa_fx.peft_import": ("import_peft",),
     "rosa_fx.merging": ("merge",),
     "rosa_fx.regions": ("compile_blocks",),
     "rosa_fx.report": ("RewriteReport", "TargetReport", "explain"),

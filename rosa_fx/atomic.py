@@ -6,9 +6,11 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -76,6 +78,20 @@ def write_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Replace a safetensors file by a new one in one step, on disk when this returns. Raises OSError or SafetensorError."""
+    beside = path.with_name(f".{path.name}.new-{os.getpid()}")
+    try:
+        save_file(plain_tensors(tensors), beside, metadata=metadata)
+        flush(beside)
+        beside.replace(path)
+        flush(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
 def flush_directory(path: Path) -> None:
     """Wait until the files of a directory, and the directory itself, are on disk."""
     for file in path.iterdir():
@@ -98,6 +114,15 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of names, dtypes, shapes and bytes of tensors, whichever device they are on, in any order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

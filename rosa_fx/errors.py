@@ -7,3 +7,7 @@ class RosaError(ValueError):
 
 class NonFiniteError(RosaError):
     """A loss or a gradient that is NaN or infinite."""
+
+
+class EagerTrainingWarning(UserWarning):
+    """A transformed model trains without `torch.compile`, which is right but slower. Given once in a process."""

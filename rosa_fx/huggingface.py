@@ -5,7 +5,6 @@ This module imports transformers; `rosa_fx` itself does not, until `rosa_fx.Rosa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rosa_fx.adapters import adapter_state
-from rosa_fx.atomic import flush, plain_tensors
+from rosa_fx.atomic import tensor_digest, write_tensors
 from rosa_fx.errors import RosaError
 from rosa_fx.schedule import MaskSchedule
 from rosa_fx.state import is_transformed
@@ -150,15 +148,16 @@ class RosaCallback(TrainerCallback):
 
     def _save(self, file: Path, model: nn.Module) -> None:
         tensors, values = split_state(self.schedule.state_dict())
-        content = {"version": VERSION, "schedule": values, "restart_step": self._restart_step, "adapter": _digest(model)}
-        beside = file.with_name(f".{file.name}.new-{os.getpid()}")
+        content = {
+            "version": VERSION,
+            "schedule": values,
+            "restart_step": self._restart_step,
+            "adapter": tensor_digest(adapter_state(model)),
+            "checksum": tensor_digest(tensors),
+        }
         try:
-            save_file(plain_tensors(tensors), beside, metadata={"rosa_fx": json.dumps(content)})
-            flush(beside)
-            beside.replace(file)
-            flush(file.parent)
+            write_tensors(file, tensors, {"rosa_fx": json.dumps(content)})
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             raise RosaError(f"could not write {file}: {error}; free space or choose another output_dir") from error
 
     def _load(self, file: Path, model: nn.Module) -> None:
@@ -176,7 +175,9 @@ class RosaCallback(TrainerCallback):
             raise RosaError(f"{file} is damaged: {error!r}; resume from an older checkpoint") from error
         if version != VERSION:
             raise RosaError(f"{file} has the version {version!r}, this rosa_fx reads {VERSION}: use the release that wrote it")
-        if content.get("adapter") != _digest(model):
+        if content.get("checksum") != tensor_digest(tensors):
+            raise RosaError(f"{file} is damaged: its checksum differs; resume from an older checkpoint")
+        if content.get("adapter") != tensor_digest(adapter_state(model)):
             raise RosaError(
                 f"{file} does not belong to the checkpoint that the trainer resumed from: its adapter is another one. Pass the "
                 "folder given to resume_from_checkpoint as RosaCallback(checkpoint=...)"
@@ -194,15 +195,6 @@ def _require_all_parameters(model: nn.Module, optimizer: Any) -> None:
             "only what trains at its first step, and sparse values train later. Pass "
             "optimizers=(rosa_fx.optimizer_for(model), None) to the trainer"
         )
-
-
-def _digest(model: nn.Module) -> str:
-    """Of all adapter tensors: tells whether a file was saved beside the weights that are loaded now."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in adapter_state(model).items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _of_transformers(function: Any) -> bool:

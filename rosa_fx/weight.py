@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_fx import eager
 from rosa_fx.kernels import ops
 from rosa_fx.kernels.bases.base import BaseFormat
 from rosa_fx.kernels.layout import Layout
@@ -173,7 +174,12 @@ class RosaWeight(nn.Module):
             elif self.probe is not None:
                 delta.append(self.probe)
                 key = self.collect_key
-        dense = ops.materialize(self.base.tensors(), delta, key)
+        if eager.is_eager():
+            if self.training:
+                eager.warn_once()
+            dense = eager.lazy_weight(self.base.tensors(), delta, key)
+        else:
+            dense = ops.materialize(self.base.tensors(), delta, key)
         return dense if len(self.shape) == 2 else dense.view(self.shape)
 
     def terms(self) -> tuple[Term, ...]:

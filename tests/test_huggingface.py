@@ -19,8 +19,6 @@ import rosa_fx
 from rosa_fx import RosaCallback, RosaError
 
 
-
-
 class Watch(TrainerCallback):
     """What the trainer's steps saw: phase and learning rates of each step, and whether values were non-zero after it."""
 
@@ -166,7 +164,7 @@ def test_resuming_from_elsewhere(tmp_path: Path) -> None:
 
     file = place / "rosa_schedule.safetensors"
     content = file.read_bytes()
-    for damaged, message in ((content[:40], "is damaged"), (content.replace(b'version', b'vorsien'), "is damaged")):
+    for damaged, message in ((content[:40], "is damaged"), (content.replace(b"version", b"vorsien"), "is damaged")):
         file.write_bytes(damaged)
         with pytest.raises(RosaError, match=message):
             trainer(transformed(), tmp_path / "a", **saving).train(resume_from_checkpoint=str(place))

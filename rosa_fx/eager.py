@@ -1,0 +1,289 @@
+"""A rewritten weight in eager mode with gradients: a tensor that is computed where it is read, and never kept.
+
+Autograd keeps the operands of a product for backward. Were the weight an ordinary tensor, a forward pass would leave the
+dense weight of every layer behind. `LazyWeight` is a tensor without data that knows base and delta:
+
+- a product with an activation (`F.linear`, `@`, `addmm`, ...; also of the transpose, or cast) is the fused operator, which
+  saves the activation and the parameters and forms no dense weight gradient;
+- every other operation gets the dense weight for as long as it runs, and autograd keeps the tensor without data. Views
+  and casts stay lazy. Its gradient is the dense one, for one use at a time;
+- what takes a weight out of the graph (`detach`, `clone`, `numpy`, printing, ...) gets an ordinary tensor.
+
+Compiled graphs never see one: there the graph pass does the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from rosa_fx.errors import EagerTrainingWarning
+from rosa_fx.kernels import ops
+from rosa_fx.kernels.layout import Layout
+
+aten = torch.ops.aten
+
+# Operations on the weight alone that need no data: the same values in another arrangement, or a part of them.
+_ARRANGING = {
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.alias.default,
+    aten._to_copy.default,
+}
+_FLIPS = {(0, 1), (1, 0)}
+
+Step = tuple[Any, tuple[Any, ...], dict[str, Any], int | None]
+"""Operator, its further arguments, its keywords, and which of its results."""
+
+
+class Source:
+    """What one reading of a weight is made of: base [..], delta [..] and the layout key, and the state they were in."""
+
+    def __init__(self, base: list[Tensor], delta: list[Tensor], key: str) -> None:
+        self.base, self.delta, self.key = base, delta, key
+        self.layout = Layout.parse(key)
+        self._versions = [tensor._version for tensor in delta]
+
+    def dense(self) -> Tensor:
+        """W [N, K], differentiable where gradients are on."""
+        if [tensor._version for tensor in self.delta] != self._versions:
+            raise RuntimeError(
+                "a weight that was read before its adapter changed (an optimizer step, loading, merging) is used after it: "
+                "read the weight again, or keep weight.detach(), which is a copy"
+            )
+        return ops.materialize(self.base, self.delta, self.key)
+
+
+class LazyWeight(Tensor):
+    """W, or an arrangement of it, without data. See the module's text."""
+
+    source: Source
+    steps: tuple[Step, ...]
+    observed: bool
+
+    @staticmethod
+    def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...]) -> LazyWeight:
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made: LazyWeight = make(
+            cls,
+            like.size(),
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=source.base[0].device,
+        )
+        made.source, made.steps, made.observed = source, steps, False
+        return made
+
+    def plain(self) -> Tensor:
+        """The same values as an ordinary tensor."""
+        dense = self.source.dense()
+        for operator, arguments, keywords, index in self.steps:
+            result = operator(dense, *arguments, **keywords)
+            dense = result if index is None else result[index]
+        return dense
+
+    def flipped(self) -> bool | None:
+        """Whether this is Wᵀ (cast to whatever dtype); None for a part or another shape of it."""
+        flipped = False
+        for operator, arguments, _, _ in self.steps:
+            if operator is aten.t.default or (
+                operator in (aten.transpose.int, aten.permute.default) and _dims(arguments) in _FLIPS
+            ):
+                flipped = not flipped
+            elif operator not in (aten.alias.default, aten._to_copy.default):
+                return None
+        return flipped
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            result = product(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func in _READING:
+            args, kwargs = tree_map_only(LazyWeight, LazyWeight.plain, (args, kwargs))
+            return func(*args, **kwargs)
+        if func in _OBSERVING:
+            args[0].observed = True  # the fused operator has no gradient of the weight to show
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ARRANGING and isinstance(args[0], LazyWeight) and not kwargs.keys() - {"dtype"}:
+            return _arranged(func, args[0], args[1:], kwargs)
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight.plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _dims(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    dims = arguments[0] if len(arguments) == 1 else arguments
+    return tuple(dim % 2 for dim in dims)
+
+
+def _arranged(func: Any, weight: LazyWeight, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    shape = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device="meta")
+    result = func(shape, *arguments, **keywords)
+    if isinstance(result, Tensor):
+        return LazyWeight(weight.source, result, (*weight.steps, (func, arguments, keywords, None)))
+    return [
+        LazyWeight(weight.source, part, (*weight.steps, (func, arguments, keywords, index)))
+        for index, part in enumerate(result)
+    ]
+
+
+class _Attach(torch.autograd.Function):
+    """The lazy weight as a function of the delta: for uses that are not fused operators, from a dense gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, like: Tensor, *delta: Tensor) -> LazyWeight:
+        ctx.source = source
+        return LazyWeight(source, like, ())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        source: Source = ctx.source
+        found = ops.materialize_backward(grads[0].contiguous(), source.delta, source.key)
+        out: list[Tensor | None] = [None] * len(source.delta)
+        for position, grad in zip(source.layout.trainable, found, strict=True):
+            out[position] = grad
+        return None, None, *out
+
+
+def is_eager() -> bool:
+    """Whether Python runs the model here and now with gradients: no capture, no transform of `torch.func`."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
+
+
+def lazy_weight(base: list[Tensor], delta: list[Tensor], key: str) -> Tensor:
+    """W for eager training, as `ops.materialize(base, delta, key)` but without data."""
+    source = Source(base, delta, key)
+    like = torch.empty(source.layout.shape, dtype=source.layout.dtype, device="meta")
+    weight: Tensor = _Attach.apply(source, like, *delta)
+    return weight
+
+
+_warned = False
+
+
+def warn_once() -> None:
+    """Once in a process: what training without `torch.compile` leaves on the table."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "the model trains without torch.compile: every layer dequantises its weight and adds its adapters in calls of their "
+            "own, and activations between them are kept. rosa_fx.compile_blocks(model) (starts sooner) or torch.compile(model) "
+            "saves time and memory; the results are the same to rounding",
+            EagerTrainingWarning,
+            stacklevel=2,
+        )
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
+    """x Wᵀ + bias, or x W + bias if `transposed`, for `weight` = W or Wᵀ; NotImplemented if that is no fused product."""
+    flipped = weight.flipped() if isinstance(weight, LazyWeight) and not weight.observed else None
+    plain = isinstance(x, Tensor) and not isinstance(x, LazyWeight) and not isinstance(bias, LazyWeight)
+    if flipped is None or not plain or x.dim() == 0:
+        return NotImplemented
+    device = x.device.type
+    dtype = weight.dtype
+    autocast = torch.is_autocast_enabled(device)
+    if autocast and dtype != torch.float64 and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    source = weight.source
+    rows, columns = source.layout.shape
+    transposed ^= flipped
+    # Operands that do not fit are left to torch, which has an error for them.
+    fits = x.dtype == dtype and x.shape[-1] == (rows if transposed else columns) and x.device == weight.device
+    out = columns if transposed else rows
+    if not fits or (bias is not None and (bias.dtype != dtype or tuple(bias.shape) != (out,))):
+        return NotImplemented
+    product = ops.linear_t if transposed else ops.linear
+    with torch.autocast(device, enabled=False) if autocast else _nothing:
+        return product(x, bias, source.base, source.delta, source.key)
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+_nothing = _Nothing()
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return _fused(input, weight, bias, transposed=False)
+
+
+def _matmul(input: Any, other: Any, **keywords: Any) -> Any:
+    return NotImplemented if keywords else _fused(input, other, None, transposed=True)
+
+
+def _rmatmul(self: Any, other: Any) -> Any:
+    return _fused(other, self, None, transposed=True)
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, **keywords: Any) -> Any:
+    if keywords or not isinstance(input, Tensor) or input.dim() != 1 or not isinstance(mat1, Tensor) or mat1.dim() != 2:
+        return NotImplemented
+    return _fused(mat1, mat2, input, transposed=True)
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.addmm: _addmm,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: _rmatmul,
+    Tensor.mm: _matmul,
+    Tensor.addmm: _addmm,
+}
+
+_READING_NAMES: Sequence[str] = (
+    *("detach", "clone", "contiguous", "numpy", "tolist", "item", "cpu", "cuda", "data_ptr", "untyped_storage", "storage"),
+    *("__deepcopy__", "__reduce_ex__", "__array__", "__dlpack__", "__repr__", "__format__", "__str__", "share_memory_"),
+)
+_tensor: Any = Tensor
+_READING: set[Any] = {getattr(Tensor, name) for name in _READING_NAMES} | {
+    _tensor.data.__get__,
+    torch.clone,
+    torch.detach,
+}
+_OBSERVING: set[Any] = {Tensor.register_hook, Tensor.retain_grad}
