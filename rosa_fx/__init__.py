@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rosa_fx.adapter_files import load_adapter, save_adapter
+    from rosa_fx.adapter_sum import merge_adapters
     from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
     from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
     from rosa_fx.errors import EagerTrainingWarning, RosaError
     from rosa_fx.huggingface import RosaCallback
     from rosa_fx.mask import Mask
     from rosa_fx.mask_files import load_masks, save_masks
-    from rosa_fx.merging import merge
+    from rosa_fx.merge_report import MergeReport
+    from rosa_fx.merging import merge, unmerge
     from rosa_fx.peft_export import export_peft
     from rosa_fx.peft_import import import_peft
     from rosa_fx.regions import compile_blocks
@@ -29,6 +31,7 @@ __all__ = [
     "EagerTrainingWarning",
     "Mask",
     "MaskSchedule",
+    "MergeReport",
     "RewriteReport",
     "RosaCallback",
     "RosaError",
@@ -49,6 +52,7 @@ __all__ = [
     "load_masks",
     "masks",
     "merge",
+    "merge_adapters",
     "optimizer_for",
     "save_adapter",
     "save_masks",
@@ -56,10 +60,12 @@ __all__ = [
     "train",
     "trainable_parameters",
     "transform",
+    "unmerge",
 ]
 
 _HOME = {
     "rosa_fx.adapter_files": ("load_adapter", "save_adapter"),
+    "rosa_fx.adapter_sum": ("merge_adapters",),
     "rosa_fx.adapters": ("adapter_state", "load_adapter_state", "masks", "set_masks"),
     "rosa_fx.attach": ("adapter", "base_weight", "delta", "trainable_parameters", "transform"),
     "rosa_fx.errors": ("EagerTrainingWarning", "RosaError"),
@@ -68,7 +74,8 @@ _HOME = {
     "rosa_fx.mask_files": ("load_masks", "save_masks"),
     "rosa_fx.peft_export": ("export_peft",),
     "rosa_fx.peft_import": ("import_peft",),
-    "rosa_fx.merging": ("merge",),
+    "rosa_fx.merge_report": ("MergeReport",),
+    "rosa_fx.merging": ("merge", "unmerge"),
     "rosa_fx.regions": ("compile_blocks",),
     "rosa_fx.report": ("RewriteReport", "TargetReport", "explain"),
     "rosa_fx.schedule": ("MaskSchedule",),

@@ -70,13 +70,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
         tensors = _checked(files, present, state.targets.values(), adapter_state(model))
     else:
         plain = _without_compile(model)
-        try:
-            targets = select_targets(plain, files.spec)
-        except RosaError as error:
-            raise RosaError(f"the adapter {files.folder} does not fit this model: {error}") from error
-        dtype = model_dtype(plain)
-        planned = {target.name: _planned(target, files.spec, dtype) for target in targets}
-        tensors = _checked(files, planned, targets, {})
+        _, tensors = check_fits(plain, files)
         transform(plain, files.spec, strict=strict)
     load_adapter_state(model, tensors)
     for name, weight in state_of(model).weights.items():
@@ -84,6 +78,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
             weight.sparse.has_mask = files.weights[name].has_mask
             weight.set_phase("joint" if weight.sparse.has_mask else "low_rank")
     return model
+
+
+def check_fits(plain: nn.Module, files: AdapterFiles) -> tuple[list[Target], dict[str, Tensor]]:
+    """The targets of a plain model that an adapter is for, and its tensors, after every check; the model is not changed."""
+    try:
+        targets = select_targets(plain, files.spec)
+    except RosaError as error:
+        raise RosaError(f"the adapter {files.folder} does not fit this model: {error}") from error
+    dtype = model_dtype(plain)
+    planned = {target.name: _planned(target, files.spec, dtype) for target in targets}
+    return targets, _checked(files, planned, targets, {})
 
 
 def _entry(weight: RosaWeight) -> WeightEntry:

@@ -10,7 +10,7 @@ from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import fingerprint
 from rosa_fx.kernels.bases.base import BaseFormat, base_from_spec
 from rosa_fx.module_class import share_class
-from rosa_fx.packed import PackedWeight, find_packed, take_over
+from rosa_fx.packed import PackedWeight, find_packed, forget_quantiser, take_over
 from rosa_fx.passes.install import install
 from rosa_fx.passes.report import normalise
 from rosa_fx.spec import RosaSpec
@@ -57,6 +57,7 @@ def transform(model: nn.Module, spec: RosaSpec, *, strict: bool = False) -> nn.M
     for weight in weights.values():
         _make_trainable(weight)
     setattr(inner, ATTRIBUTE, state)
+    forget_quantiser(inner)
     install()
     return model
 

@@ -1,42 +1,128 @@
-"""`merge`: from a transformed model back to an ordinary one."""
+"""`merge` and `unmerge`: from a transformed model to an ordinary one, and back."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rosa_fx.errors import RosaError
-from rosa_fx.module_class import own_class
-from rosa_fx.packed import become_dense, forget_quantiser, is_packed_linear
-from rosa_fx.state import ATTRIBUTE, state_of, unwrap
+from rosa_fx.merge_report import MergeReport
+from rosa_fx.module_class import own_class, share_class
+from rosa_fx.packed import become_dense, forget_quantiser, is_packed_linear, own_attributes, take_over
+from rosa_fx.state import ATTRIBUTE, RosaState, state_of, unwrap
 from rosa_fx.weight import RosaWeight
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Back to ordinary dense parameters D(Q) + ΔW, in place, in the dtype of the weight; returns the same object.
+KEPT = "_rosa_fx_before_merge"
+"""Attribute of a merged model: what brings the transformed one back."""
 
-    The sum is made in float32 (float64 for a float64 weight) and rounded once. Classes, parameter names and their order
-    are those before `transform`, shared weights are shared again, and parameters train again if they did before. Only a
-    module of bitsandbytes becomes a plain `nn.Linear` (of a subclass that takes any input dtype) with the dense weight.
+
+@overload
+def merge(model: nn.Module, *, into: Literal["dense"] = "dense", keep_base: bool = False) -> nn.Module: ...
+
+
+@overload
+def merge(
+    model: nn.Module, *, into: Literal["same"], refit_rank: int = 0, refit_steps: int = 5, keep_base: bool = False
+) -> MergeReport: ...
+
+
+def merge(
+    model: nn.Module, *, into: str = "dense", refit_rank: int = 0, refit_steps: int = 5, keep_base: bool = False
+) -> nn.Module | MergeReport:
+    """Back to a model without rosa_fx, in place: D(Q) + ΔW as ordinary weights, dense or in the base's own format.
+
+    The sum is made in float32 (float64 for a float64 weight).
+
+    `into="dense"` rounds it once to the dtype of the weight. Classes, parameter names and their order are those before
+    `transform`, shared weights are shared again, and parameters train again if they did before. Only a module of
+    bitsandbytes becomes a plain `nn.Linear` (of a subclass that takes any input dtype) with the dense weight.
+
+    `into="same"` quantises it again like the base: 4-bit and int8 bases become modules of bitsandbytes (kept bases dense
+    weights), which `save_pretrained` saves and `transform(base="keep")` takes over. What that loses is in the report.
+
+    Args:
+        model: transformed.
+        into: "dense" or "same".
+        refit_rank: with "same": put what quantising loses into a low-rank term of this rank (quantise and truncated SVD in
+            turn, LoftQ, arXiv 2310.08659, algorithm 1). The model then stays transformed, with that term.
+        refit_steps: turns of it; the best one is kept.
+        keep_base: keep frozen base and adapter beside the merged weights, in their packed size, so that `unmerge` can bring
+            them back. Without it they are freed.
+
+    Returns:
+        The same model object for "dense"; a `MergeReport` for "same".
 
     Raises:
-        RosaError: the model is not transformed, or a merged weight is not finite (then nothing is changed).
+        RosaError: the model is not transformed, a merged weight is not finite, or (for "same") a weight that bitsandbytes
+            has no module for, by name. Then nothing is changed.
     """
+    if into not in ("dense", "same"):
+        raise RosaError(f"into is {into!r}: use 'dense' or 'same'")
+    if into == "dense" and refit_rank:
+        raise RosaError(f"refit_rank is {refit_rank!r}: a dense weight loses nothing that could be refitted; use into='same'")
     inner = unwrap(model)
     state = state_of(inner)
     for name, weight in state.weights.items():
         _refuse_not_finite(name, weight)
+    if into == "same":
+        from rosa_fx.requantise import merge_same
+
+        report, undo = merge_same(model, inner, state, refit_rank, refit_steps)
+    else:
+        report, undo = None, _merge_dense(inner, state)
+    vars(inner).pop(KEPT, None)
+    if keep_base:
+        object.__setattr__(inner, KEPT, undo)
+    return model if report is None else report
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Bring back the transformed model that `merge(keep_base=True)` merged, bit for bit, in place; returns the same object.
+
+    The merged weights, and what was trained on them since, are dropped. Raises RosaError if nothing was kept.
+    """
+    inner = unwrap(model)
+    undo: Callable[[], None] | None = vars(inner).pop(KEPT, None)
+    if undo is None:
+        raise RosaError("nothing to unmerge: merge with keep_base=True, which keeps base and adapter beside the merged weights")
+    undo()
+    return model
+
+
+def _merge_dense(inner: nn.Module, state: RosaState) -> Callable[[], None]:
+    trains = {name: p.requires_grad for name, p in inner.named_parameters(remove_duplicate=False)}
+    before: list[tuple[nn.Module, str, RosaWeight, type, dict[str, Any]]] = []
     for name, weight in state.weights.items():
         dense = nn.Parameter(merged_weight(weight), requires_grad=False)
         for owner, attribute in state.targets[name].owners:
+            before.append((owner, attribute, weight, type(owner).__bases__[0], own_attributes(owner)))
             _detach(owner, attribute, dense)
     _restore_order(inner, list(state.requires_grad))
     for name, parameter in inner.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(state.requires_grad.get(name, False))
     delattr(inner, ATTRIBUTE)
     forget_quantiser(inner)
-    return model
+
+    def undo() -> None:
+        for owner, attribute, weight, original, attributes in before:
+            if not hasattr(owner, "parametrizations"):
+                owner.__class__ = original
+                vars(owner).update(attributes)
+            parametrize.register_parametrization(owner, attribute, weight, unsafe=True)
+        for owner in {id(owner): owner for owner, *_ in before}.values():
+            share_class(owner)
+            if is_packed_linear(owner):
+                take_over(owner)
+        for name, parameter in inner.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(trains.get(name, False))
+        setattr(inner, ATTRIBUTE, state)
+
+    return undo
 
 
 def _refuse_not_finite(name: str, weight: RosaWeight) -> None:

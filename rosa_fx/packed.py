@@ -184,6 +184,13 @@ def take_over(module: Any) -> None:
             vars(module)[name] = MethodType(cls.forward, module)
 
 
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What `become_dense` would take away from a linear of bitsandbytes; nothing for other modules."""
+    kind = _kind(type(module))
+    names = (*_OWN_ATTRIBUTES[kind], "compute_dtype") if kind else ()
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
 def become_dense(module: nn.Module) -> None:
     """After a merge: `module`, still the same object, is a `CastingLinear` with a dense weight."""
     kind = _kind(type(module))
@@ -201,10 +208,10 @@ def become_dense(module: nn.Module) -> None:
 
 
 def forget_quantiser(model: nn.Module) -> None:
-    """After a merge: a model of transformers without packed weights is no quantised one any more, so that it can be cast
-    and saved."""
+    """After a transform or a merge: a model of transformers whose packed weights are all taken over is no quantised one any
+    more, so that it can be cast, trained and saved."""
     quantiser: Any = getattr(model, "hf_quantizer", None)
-    if quantiser is None or any(is_packed_linear(module) for module in model.modules()):
+    if quantiser is None or any(is_packed_linear(m) and not hasattr(m, "parametrizations") for m in model.modules()):
         return
     quantiser.remove_quantization_config(model)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -91,6 +91,13 @@ class Scope(StrEnum):
     model = "model"
 
 
+class Into(StrEnum):
+    """The format of merged weights."""
+
+    dense = "dense"
+    same = "same"
+
+
 class Optimizer(StrEnum):
     """What updates the adapters."""
 
@@ -294,6 +301,9 @@ def merge(
     model: ModelOption,
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="The folder of the saved adapter.", file_okay=False)],
     out: OutOption,
+    into: Annotated[
+        Into, typer.Option("--into", help="same: quantise the sum again like the adapter's base, and print what that loses.")
+    ] = Into.dense,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     dtype: DTypeOption = DType.auto,
     download: DownloadOption = True,

@@ -13,7 +13,7 @@ from rosa_fx.errors import RosaError
 from rosa_fx.models import load_model
 
 
-def run_merge(*, model: str, adapter: Path, out: Path, overwrite: bool, dtype: str, download: bool) -> None:
+def run_merge(*, model: str, adapter: Path, out: Path, into: str, overwrite: bool, dtype: str, download: bool) -> None:
     """Options as in `rosa_fx.cli.app.merge`. The merged model appears at `out` whole or not at all."""
     if not adapter.is_dir():
         raise RosaError(f"--adapter {str(adapter)!r}: no such folder; a run keeps it in OUT/adapter")
@@ -24,7 +24,15 @@ def run_merge(*, model: str, adapter: Path, out: Path, overwrite: bool, dtype: s
     if out.resolve() in (Path(model).resolve(), adapter.resolve()):
         raise RosaError(f"--out {str(out)!r} is what is being read: name another folder")
     loaded, tokenizer = load_model(model, common.pick_dtype(dtype), download=download)
-    network: Any = rosa_fx.merge(rosa_fx.load_adapter(loaded, adapter))
+    network: Any = rosa_fx.load_adapter(loaded, adapter)
+    rows = []
+    if into == "same":
+        report = rosa_fx.merge(network, into="same")
+        worst = max(report.weights, key=lambda weight: weight.error)
+        common.console.print(str(report), highlight=False)
+        rows = [("largest error", f"{worst.error:.2%} of the weight, {worst.lost:.0%} of its update: {worst.name}")]
+    else:
+        rosa_fx.merge(network)
     beside = out.with_name(f".{out.name}.new-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -40,6 +48,7 @@ def run_merge(*, model: str, adapter: Path, out: Path, overwrite: bool, dtype: s
         [
             ("merged model", str(out)),
             ("size", f"{sum(f.stat().st_size for f in out.iterdir()) / 2**20:,.0f} MiB"),
+            *rows,
             ("use it", f'AutoModelForCausalLM.from_pretrained("{out}")'),
         ],
         "rosa-fx merge",
