@@ -20,7 +20,7 @@ from rosa_fx.errors import RosaError
 from rosa_fx.mask import Mask
 from rosa_fx.spec import RosaSpec
 from rosa_fx.state import is_transformed, weight_of
-from rosa_fx.targets import Target, select_targets
+from rosa_fx.targets import Target
 
 
 def merge_adapters(

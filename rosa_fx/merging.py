@@ -16,7 +16,6 @@ from rosa_fx.packed import become_dense, forget_quantiser, is_packed_linear, own
 from rosa_fx.state import ATTRIBUTE, RosaState, state_of, unwrap
 from rosa_fx.weight import RosaWeight
 
-
 KEPT = "_rosa_fx_before_merge"
 """Attribute of a merged model: what brings the transformed one back."""
 

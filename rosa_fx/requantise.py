@@ -81,7 +81,9 @@ def _refuse_unfit(name: str, weight: RosaWeight, state: RosaState, rank: int) ->
         if attribute != "weight" or not (original in (nn.Linear, CastingLinear) or is_packed_linear(owner)):
             reason = f"it is {attribute!r} of a {original.__name__}, and bitsandbytes has a module for nn.Linear only"
     if isinstance(form, FourBitFormat) and weight.shape[1] % form.blocksize:
-        reason = f"its {weight.shape[1]} columns are no whole blocks of {form.blocksize}, which bitsandbytes reads wrongly on a CPU"
+        reason = (
+            f"its {weight.shape[1]} columns are no whole blocks of {form.blocksize}, which bitsandbytes reads wrongly on a CPU"
+        )
     if form.kind == "int8" and len({id(owner) for owner, _ in state.targets[name].owners}) > 1:
         reason = "several modules share it, and bitsandbytes' int8 linear moves its scales out of a parameter at first use"
     if rank > min(weight.shape):

@@ -101,7 +101,9 @@ def test_export(strict: bool) -> None:
     buffer.seek(0)
     for each in (program, torch.export.load(buffer)):
         for rows in (6, 3):
-            assert torch.equal(each.module()(inputs(rows)), model(inputs(rows)))
+            with torch.no_grad():  # with gradients, eager mode does not form the weight
+                expected = model(inputs(rows))
+            assert torch.equal(each.module()(inputs(rows)), expected)
     call, reports = captured(program.module())
     with torch.no_grad():
         assert_close({"y": call(x)}, {"y": model(x)})

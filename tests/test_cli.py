@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,20 @@ def test_merge_gives_an_ordinary_model(trained: tuple[Path, str], model_dir: Pat
     assert_budget([actual], [plain], [truth], FLOAT32)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_merge_into_the_same_format(trained: tuple[Path, str], model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["merge", "-m", model_dir, "-a", trained[0] / "adapter", "-o", tmp_path / "merged", "--dtype", "float32"]
+    printed = run(*arguments, "--into", "same").output
+    assert len(re.findall(r"model\.layers\.\d\..*_proj\.weight +nf4", printed)) == 2 * 7
+    assert "largest error" in printed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.is_loaded_in_4bit
+    adapted = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    report = rosa_fx.merge(rosa_fx.load_adapter(adapted, trained[0] / "adapter"), into="same")
+    assert f"{report.error:.2%} of the weight" in one_line(printed)
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        assert torch.equal(merged.get_submodule(name).weight.data, adapted.get_submodule(name).weight.data)
 
 
 def test_explain_accounts_for_every_weight(model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -81,6 +81,25 @@ def test_quickstart(model_dir: Path, tmp_path: Path) -> None:
     assert len(rosa_fx.masks(model)) == 14, "seven weights in each of two blocks"
 
 
+def test_hf_trainer(tmp_path: Path) -> None:
+    program = ROOT / "examples" / "hf_trainer.py"
+    printed = run(program, "--steps", "8", "--out", "run", cwd=tmp_path)
+    before, after = numbers(r"phase joint after 8 steps, loss (\d+\.\d+) -> ", printed) + numbers(r" -> (\d+\.\d+)", printed)
+    assert after < before
+    assert "the merged model generates the same: True; adapter and merged model in run" in printed
+    assert (tmp_path / "run" / "checkpoint-4" / "rosa_schedule.safetensors").is_file()
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    assert model.config.vocab_size == 256
+
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    printed = run(ROOT / "examples" / "sft_trainer.py", "--out", "run", cwd=tmp_path)
+    before, after = numbers(r"phase joint after 8 steps, loss (\d+\.\d+) -> ", printed) + numbers(r" -> (\d+\.\d+)", printed)
+    assert after < before
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+
+
 def test_own_loop(tmp_path: Path) -> None:
     printed = run(ROOT / "examples" / "own_loop.py", "--steps", "24", "--out", "adapter", cwd=tmp_path)
     assert re.findall(r"step (\d+): (\w+)", printed) == [("0", "low_rank"), ("6", "collect"), ("7", "joint"), ("23", "joint")]

@@ -191,7 +191,9 @@ def test_refusals_change_nothing() -> None:
     refused(trained(blocksize=128), "64 columns are no whole blocks of 128", into="same")
     attention = nn.Sequential(nn.MultiheadAttention(64, 2))
     rosa_fx.transform(attention, RosaSpec(rank=2, density=0.0, schedule="lora_only", targets=["0.in_proj_weight"]))
-    refused(attention, "'in_proj_weight' of a MultiheadAttention, and bitsandbytes has a module for nn.Linear only", into="same")
+    refused(
+        attention, "'in_proj_weight' of a MultiheadAttention, and bitsandbytes has a module for nn.Linear only", into="same"
+    )
     refused(plain(), "is not transformed", into="same")
 
 

@@ -158,14 +158,20 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors `<parameter name>/<key>` and JSON (other per-parameter values)."""
+    """The optimizer's state as tensors `<parameter name>/<key>` and JSON (other per-parameter values).
+
+    Where a state is nested, as bitsandbytes nests what is in 8 bits, the keys follow each other: `<name>/<outer>/<key>`.
+    """
     state = optimizer.state_dict()["state"]
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in state.items():
         for key, value in entries.items():
-            place = tensors if isinstance(value, Tensor) else values
-            place[f"{names[index]}/{key}"] = value
+            for inner, part in (
+                {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            ).items():
+                place = tensors if isinstance(part, Tensor) else values
+                place[f"{names[index]}/{inner}"] = part
     return tensors, {"values": values, "parameters": list(names)}
 
 
@@ -182,6 +188,9 @@ def load_optimizer_state(
     index_of = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **values["values"]}.items():
-        owner, _, key = name.rpartition("/")
-        state.setdefault(index_of[owner], {})[key] = value
+        owner, *outer, key = name.split("/")
+        entries = state.setdefault(index_of[owner], {})
+        for part in outer:
+            entries = entries.setdefault(part, {})
+        entries[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
