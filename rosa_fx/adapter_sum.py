@@ -28,8 +28,8 @@ def merge_adapters(
 ) -> nn.Module:
     """Put Σ weight · ΔW of several saved adapters onto a plain model as one adapter, in place; returns the same object.
 
-    The low-rank terms are set side by side (ranks add up; where that exceeds min(N, K) their product is factored again), and the
-    sparse term has the union of the masks. The sum is exact but for one rounding of B and of the values, which are float32 here
+    The low-rank terms are set side by side (ranks add up, to min(N, K) at most), and the sparse
+    term has the union of the masks. The sum is exact but for one rounding of B and of the values, which are float32 here
     unless all adapters have one other dtype. Save it with `save_adapter`, or `merge` it into the base.
 
     Args:

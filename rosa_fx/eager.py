@@ -82,7 +82,7 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...]) -> LazyWeight:
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: LazyWeight = make(
             cls,
             like.size(),
@@ -131,7 +131,7 @@ class LazyWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _ARRANGING and isinstance(args[0], LazyWeight) and not kwargs.keys() - {"dtype"}:
             return _arranged(func, args[0], args[1:], kwargs)
@@ -200,9 +200,9 @@ def warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "the model trains without torch.compile: every layer dequantises its weight and adds its adapters in calls of their "
-            "own, and activations between them are kept. rosa_fx.compile_blocks(model) (starts sooner) or torch.compile(model) "
-            "saves time and memory; the results are the same to rounding",
+            "the model trains without torch.compile: every layer dequantises its weight and adds its adapters in calls of "
+            "their own, and activations between them are kept. rosa_fx.compile_blocks(model) (starts sooner) or "
+            "torch.compile(model) saves time and memory; the results are the same to rounding",
             EagerTrainingWarning,
             stacklevel=2,
         )

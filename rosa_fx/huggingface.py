@@ -191,8 +191,8 @@ def _require_all_parameters(model: nn.Module, optimizer: Any) -> None:
     missing = [name for key, name in names_of(model).items() if key not in held]
     if missing:
         raise RosaError(
-            f"the trainer's optimizer does not hold {missing[0]} and {len(missing) - 1} other adapter parameters: a trainer takes "
-            "only what trains at its first step, and sparse values train later. Pass "
+            f"the trainer's optimizer does not hold {missing[0]} and {len(missing) - 1} other adapter parameters: a "
+            "trainer takes only what trains at its first step, and sparse values train later. Pass "
             "optimizers=(rosa_fx.optimizer_for(model), None) to the trainer"
         )
 

@@ -74,5 +74,5 @@ def load_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
             raise RosaError(f"{path}: the shape of {name!r} is {shape!r}")
         if offsets.numel() and (int(offsets.min()) < 0 or int(offsets.max()) > cols.numel()):
             raise RosaError(f"{path}: {name}: row_offsets must rise from 0 to the number of columns' entries")
-        found[name] = Mask(offsets, cols, tuple(shape))  # type: ignore[arg-type]
+        found[name] = Mask(offsets, cols, tuple(shape))
     set_masks(model, found)

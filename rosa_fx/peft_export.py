@@ -83,7 +83,7 @@ def _lora(model: nn.Module, modules: list[PeftModule]) -> tuple[dict[str, Any], 
     ranks = {module.name: state.targets[module.weight_name].rank for module in modules}
     alphas = {module.name: state.targets[module.weight_name].alpha for module in modules}
     rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module in modules:
         low_rank = module.weight.low_rank
         assert low_rank is not None
@@ -117,7 +117,7 @@ def _shira(model: nn.Module, modules: list[PeftModule]) -> tuple[dict[str, Any],
         assert module.weight.sparse is not None
         need[module.name] = -(module.weight.sparse.values.numel() // -sum(module.weight.shape))
     rank = max(1, *need.values())
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module in modules:
         (rows, columns), sparse = module.weight.shape, module.weight.sparse
         assert sparse is not None
@@ -126,8 +126,9 @@ def _shira(model: nn.Module, modules: list[PeftModule]) -> tuple[dict[str, Any],
         spare = rank * (rows + columns) - mask.nnz
         if rank * (rows + columns) > rows * columns:
             raise RosaError(
-                f"{module.weight_name}: PEFT's SHiRA has one r for all modules, which must be {rank} here, and that is more entries "
-                f"than this weight {list(module.weight.shape)} has: use the same density everywhere, or leave it out of the spec's targets"
+                f"{module.weight_name}: PEFT's SHiRA has one r for all modules, which must be {rank} here, and "
+                f"that is more entries than this weight {list(module.weight.shape)} has: use the same density everywhere, or "
+                "leave it out of the spec's targets"
             )
         indices = torch.stack([mask.rows(), mask.cols.long()]).to(torch.int32)
         tensors[f"{PREFIX}{module.name}.shira_weight"] = torch.cat([sparse.values.detach(), sparse.values.new_zeros(spare)])

@@ -96,7 +96,8 @@ def _spec(lora: _Lora, model: nn.Module, spec: RosaSpec) -> RosaSpec:
         if weight_name not in parameters:
             near = difflib.get_close_matches(weight_name, parameters, n=3) or list(parameters)[:3]
             raise RosaError(
-                f"the LoRA {lora.folder} is for a module {name!r}, which this model does not have (near names: {', '.join(near)})"
+                f"the LoRA {lora.folder} is for a module {name!r}, which this model does not have "
+                f"(near names: {', '.join(near)})"
             )
         weight = parameters[weight_name]
         packed = getattr(weight, "quant_state", None)

@@ -172,7 +172,7 @@ def test_resuming_from_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(RosaError, match="has the version 7, this rosa_fx reads 1"):
         trainer(transformed(), tmp_path / "a", **saving).train(resume_from_checkpoint=str(place))
     file.unlink()
-    with pytest.raises(RosaError, match="is missing: the checkpoint was made without rosa_fx.RosaCallback"):
+    with pytest.raises(RosaError, match=r"is missing: the checkpoint was made without rosa_fx.RosaCallback"):
         trainer(transformed(), tmp_path / "a", **saving).train(resume_from_checkpoint=str(place))
 
 

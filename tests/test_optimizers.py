@@ -75,7 +75,7 @@ def test_eight_bit_states_learn_and_resume_bit_for_bit(tmp_path: Path) -> None:
         rosa_fx.train(again, data(), config(), loss_fn=loss, out=out, resume=True)
         for name, tensor in adapter_state(whole).items():
             assert torch.equal(adapter_state(again)[name], tensor), (stop, name)
-    with pytest.raises(RosaError, match="TrainConfig.optimizer is 'adamw', but the checkpoint .* was made with 'adamw8bit'"):
+    with pytest.raises(RosaError, match=r"TrainConfig.optimizer is 'adamw', but the checkpoint .* was made with 'adamw8bit'"):
         rosa_fx.train(model(), data(), config(optimizer="adamw"), loss_fn=loss, out=tmp_path / "whole", resume=True)
 
 
