@@ -73,7 +73,7 @@ def merge_adapters(
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """Of one weight: A [R, K] and B [N, R] with scale 1, and the union of the masks with the summed values."""
+    """Of one weight, read as the matrix `shape`: A [.., R, K] and B [.., N, R] with scale 1, the union of the masks, values."""
 
     shape: tuple[int, int]
     base: str
@@ -96,7 +96,7 @@ def _sum(name: str, parts: Sequence[Part]) -> _Sum:
         if name not in targets:
             continue
         target = targets[name]
-        shape = target.shape
+        shape = target.reading.matrix
         bases[target.base] = files.folder
         if target.rank:
             A.append(tensors[f"{name}.low_rank.A"].double())
@@ -109,7 +109,7 @@ def _sum(name: str, parts: Sequence[Part]) -> _Sum:
     if len(bases) > 1:
         found = ", ".join(f"{base} in {folder}" for base, folder in bases.items())
         raise RosaError(f"{name}: the adapters have different bases ({found}): a sum needs one")
-    low_rank = _joined(torch.cat(A), torch.cat(B, dim=1)) if A else None
+    low_rank = _joined(torch.cat(A, dim=-2), torch.cat(B, dim=-1)) if A else None
     union, total = None, None
     if rows:
         flat, places = torch.unique(torch.cat(rows) * shape[1] + torch.cat(cols), return_inverse=True)
@@ -120,11 +120,12 @@ def _sum(name: str, parts: Sequence[Part]) -> _Sum:
 
 def _joined(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with at most min(N, K) columns of B."""
-    rows, columns = B.shape[0], A.shape[1]
-    if A.shape[0] <= min(rows, columns):
+    rows, columns = B.shape[-2], A.shape[-1]
+    if A.shape[-2] <= min(rows, columns):
         return A, B
     product = B @ A
-    return (torch.eye(columns, dtype=A.dtype), product) if columns <= rows else (product, torch.eye(rows, dtype=A.dtype))
+    one = torch.eye(min(rows, columns), dtype=A.dtype).expand(*A.shape[:-2], -1, -1)
+    return (one, product) if columns <= rows else (product, one)
 
 
 def _spec(parts: Sequence[Part], sums: dict[str, _Sum]) -> RosaSpec:
@@ -138,7 +139,7 @@ def _spec(parts: Sequence[Part], sums: dict[str, _Sum]) -> RosaSpec:
                 )
     overrides = {}
     for name, total in sums.items():
-        rank = 0 if total.low_rank is None else total.low_rank[0].shape[0]
+        rank = 0 if total.low_rank is None else total.low_rank[0].shape[-2]
         # Between the densities of this number of entries and of one more.
         density = 0.0 if total.mask is None else min(1.0, (total.mask.nnz + 0.5) / (total.shape[0] * total.shape[1]))
         scale_one = float(math.sqrt(rank) if first.rank_stabilized else rank) or 1.0

@@ -3,8 +3,8 @@
 Autograd keeps the operands of a product for backward. Were the weight an ordinary tensor, a forward pass would leave the
 dense weight of every layer behind. `LazyWeight` is a tensor without data that knows base and delta:
 
-- a product with an activation (`F.linear`, `@`, `addmm`, ...; also of the transpose, or cast) is the fused operator, which
-  saves the activation and the parameters and forms no dense weight gradient;
+- a product with an activation (`F.linear`, `@`, `addmm`, ...; also of the transpose, a block, or cast) is the fused operator,
+  which saves the activation and the parameters and forms no dense weight gradient;
 - every other operation gets the dense weight for as long as it runs, and autograd keeps the tensor without data. Views
   and casts stay lazy. Its gradient is the dense one, for one use at a time;
 - what takes a weight out of the graph (`detach`, `clone`, `numpy`, printing, ...) gets an ordinary tensor.
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from rosa_fx.errors import EagerTrainingWarning
 from rosa_fx.kernels import ops
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms.base import Region
 
 aten = torch.ops.aten
 
@@ -49,7 +50,9 @@ _ARRANGING = {
     aten.alias.default,
     aten._to_copy.default,
 }
+_FLIPPING = {aten.transpose.int, aten.permute.default}
 _FLIPS = {(0, 1), (1, 0)}
+_SAME = {aten.alias.default, aten._to_copy.default}
 
 Step = tuple[Any, tuple[Any, ...], dict[str, Any], int | None]
 """Operator, its further arguments, its keywords, and which of its results."""
@@ -102,17 +105,33 @@ class LazyWeight(Tensor):
             dense = result if index is None else result[index]
         return dense
 
-    def flipped(self) -> bool | None:
-        """Whether this is Wᵀ (cast to whatever dtype); None for a part or another shape of it."""
-        flipped = False
-        for operator, arguments, _, _ in self.steps:
-            if operator is aten.t.default or (
-                operator in (aten.transpose.int, aten.permute.default) and _dims(arguments) in _FLIPS
-            ):
+    def part(self) -> tuple[Region, bool] | None:
+        """Which rows and columns of W this is, and whether it is their transpose; None for anything else."""
+        rows, columns = self.source.layout.shape
+        box = [0, rows, 0, columns]
+        flipped = stacked = False
+        for operator, arguments, _, index in self.steps:
+            if operator in _SAME:
+                continue
+            if stacked:
+                chosen = _matrix_of_stack(operator, arguments, index, rows // self.source.layout.stack)
+                if chosen is None:
+                    return None
+                box[0], box[1], stacked = *chosen, False
+            elif operator is aten.view.default and box == [0, rows, 0, columns] and not flipped:
+                each = rows // self.source.layout.stack
+                if tuple(arguments[0]) != (self.source.layout.stack, each, columns):
+                    return None
+                stacked = True
+            elif operator is aten.t.default or (operator in _FLIPPING and _dims(arguments) in _FLIPS):
                 flipped = not flipped
-            elif operator not in (aten.alias.default, aten._to_copy.default):
-                return None
-        return flipped
+            else:
+                cut = _cut(operator, arguments, index, [box[1] - box[0], box[3] - box[2]], flipped)
+                if cut is None:
+                    return None
+                axis, start, stop = cut
+                box[2 * axis], box[2 * axis + 1] = box[2 * axis] + start, box[2 * axis] + stop
+        return None if stacked else ((box[0], box[1], box[2], box[3]), flipped)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,6 +161,37 @@ class LazyWeight(Tensor):
 def _dims(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     dims = arguments[0] if len(arguments) == 1 else arguments
     return tuple(dim % 2 for dim in dims)
+
+
+def _matrix_of_stack(operator: Any, arguments: tuple[Any, ...], index: int | None, rows: int) -> tuple[int, int] | None:
+    """The rows of the matrix that a step takes out of a stack."""
+    if operator is aten.select.int and arguments[0] == 0 and arguments[1] >= 0:
+        number = arguments[1]
+    elif operator is aten.unbind.int and index is not None and not any(arguments):
+        number = index
+    else:
+        return None
+    return number * rows, (number + 1) * rows
+
+
+def _cut(
+    operator: Any, arguments: tuple[Any, ...], index: int | None, sizes: list[int], flipped: bool
+) -> tuple[int, int, int] | None:
+    """(axis of W, start, stop) of what a step leaves of a matrix of `sizes`."""
+    if operator is aten.slice.Tensor:
+        dim, start, stop, step = (*arguments, *(0, None, None, 1)[len(arguments) :])
+        axis = (dim % 2) ^ flipped
+        begin, end, stride = slice(start, stop, step).indices(sizes[axis])
+        return (axis, begin, end) if stride == 1 and end > begin else None
+    if index is None or operator not in (aten.split.Tensor, aten.split_with_sizes.default):
+        return None
+    lengths, dim = arguments[0], arguments[1] if len(arguments) > 1 else 0
+    axis = (dim % 2) ^ flipped
+    if isinstance(lengths, int):
+        start = index * lengths
+        return axis, start, min(start + lengths, sizes[axis])
+    start = sum(lengths[:index])
+    return axis, start, start + lengths[index]
 
 
 def _arranged(func: Any, weight: LazyWeight, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -212,11 +262,12 @@ def warn_once() -> None:
 
 
 def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
-    """x Wᵀ + bias, or x W + bias if `transposed`, for `weight` = W or Wᵀ; NotImplemented if that is no fused product."""
-    flipped = weight.flipped() if isinstance(weight, LazyWeight) and not weight.observed else None
+    """x Wᵀ + bias, or x W + bias if `transposed`, for `weight` = a part of W or of Wᵀ; NotImplemented if that is none."""
+    part = weight.part() if isinstance(weight, LazyWeight) and not weight.observed else None
     plain = isinstance(x, Tensor) and not isinstance(x, LazyWeight) and not isinstance(bias, LazyWeight)
-    if flipped is None or not plain or x.dim() == 0:
+    if part is None or not plain or x.dim() == 0:
         return NotImplemented
+    region, flipped = part
     device = x.device.type
     dtype = weight.dtype
     autocast = torch.is_autocast_enabled(device)
@@ -225,7 +276,8 @@ def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
         x = x.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     source = weight.source
-    rows, columns = source.layout.shape
+    layout = source.layout.part(region)
+    rows, columns = layout.out_shape
     transposed ^= flipped
     # Operands that do not fit are left to torch, which has an error for them.
     fits = x.dtype == dtype and x.shape[-1] == (rows if transposed else columns) and x.device == weight.device
@@ -234,7 +286,7 @@ def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
         return NotImplemented
     product = ops.linear_t if transposed else ops.linear
     with torch.autocast(device, enabled=False) if autocast else _nothing:
-        return product(x, bias, source.base, source.delta, source.key)
+        return product(x, bias, source.base, source.delta, layout.key)
 
 
 class _Nothing:

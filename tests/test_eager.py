@@ -112,6 +112,35 @@ def test_step_allocates_no_more_than_a_few_weights() -> None:
     assert seen.peak < 3 * 4 * size * size
 
 
+class Experts(nn.Module):
+    """Stacks of matrices, one used matrix by matrix and one in a batched product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 20, 16))
+        self.down = nn.Parameter(torch.randn(3, 20, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([F.linear(part, self.up[number]) for number, part in enumerate(x)])
+        z = torch.stack([part @ one.t() for part, one in zip(x, self.up)])
+        return torch.bmm(torch.tanh(y + z), self.down)
+
+
+def test_experts_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    rosa_fx.transform(model, RosaSpec(base="nf4", rank=2, density=0.0, schedule="lora_only", targets=["up", "down"]))
+    for weight in rosa_fx.state.state_of(model).weights.values():
+        nn.init.normal_(weight.low_rank.B)
+    x = torch.randn(3, 5, 16)
+    _, saved = saved_by(lambda: model(x.clone().requires_grad_()))
+    assert sum(isinstance(t, LazyWeight) for t in saved) == 1, "that of bmm"
+    ours, theirs = gradients(model, x), materialised(monkeypatch, lambda: gradients(model, x))
+    assert len(ours) == len(theirs) == 2 + 2 * 2
+    for mine, their in zip(ours, theirs):
+        assert (mine - their).norm() <= 64 * EPS * their.norm()
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

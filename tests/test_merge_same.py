@@ -274,6 +274,30 @@ def test_sum_of_adapters(fields: list[dict[str, Any]], tmp_path: Path) -> None:
         assert torch.equal(model.get_parameter(name), dense)
 
 
+def test_sum_for_stacks_of_matrices(tmp_path: Path) -> None:
+    def stacked() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.w = nn.Parameter(torch.randn(3, 12, 16))
+        return model
+
+    deltas = []
+    for number, rank in enumerate((3, 11)):  # together more than min(N, K)
+        model = rosa_fx.transform(stacked(), spec(targets=["w"], rank=rank, density=0.1))
+        train(model, masks=False)
+        dense = torch.zeros(3, 12, 16, dtype=torch.bool)
+        weight = rosa_fx.adapter(model, "w")
+        dense.view(-1)[number::7][: weight.sparse.values.numel()] = True
+        rosa_fx.set_masks(model, {"w": dense})
+        nn.init.normal_(weight.sparse.values)
+        rosa_fx.save_adapter(model, tmp_path / str(number))
+        deltas.append(rosa_fx.delta(model, "w").double())
+    total = rosa_fx.merge_adapters(stacked(), [(tmp_path / "0", 2.0), (tmp_path / "1", -1.0)])
+    expected = 2 * deltas[0] - deltas[1]
+    assert rosa_fx.adapter(total, "w").low_rank.rank == 12
+    assert (rosa_fx.delta(total, "w") - expected).norm() <= 16 * EPS * expected.norm()
+
+
 def test_sums_that_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "a", 0)
     saved(tmp_path / "b", 1, base="fp4")
