@@ -179,7 +179,8 @@ def _cut(
 ) -> tuple[int, int, int] | None:
     """(axis of W, start, stop) of what a step leaves of a matrix of `sizes`."""
     if operator is aten.slice.Tensor:
-        dim, start, stop, step = (*arguments, *(0, None, None, 1)[len(arguments) :])
+        defaults: list[Any] = [0, None, None, 1]
+        dim, start, stop, step = [*arguments, *defaults[len(arguments) :]]
         axis = (dim % 2) ^ flipped
         begin, end, stride = slice(start, stop, step).indices(sizes[axis])
         return (axis, begin, end) if stride == 1 and end > begin else None

@@ -150,7 +150,7 @@ def _linear_of(owner: Any, weight: RosaWeight, tensors: tuple[Tensor, ...], shar
     elif isinstance(form, FourBitFormat):
         compute = getattr(owner, "compute_dtype", None) or dtype
         new = bnb.nn.Linear4bit(columns, rows, bias is not None, compute, form.double_quant, form.kind, device="meta")
-        packed, state = tensors[0], _quant_state(form, tensors, weight.shape, dtype)
+        packed, state = tensors[0], _quant_state(form, tensors, weight.matrix, dtype)
         fields = {"blocksize": form.blocksize, "compress_statistics": form.double_quant, "quant_type": form.kind}
         made = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, module=new, bnb_quantized=True, **fields)
         new.weight = shared if shared is not None else made
