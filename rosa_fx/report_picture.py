@@ -23,7 +23,7 @@ COLOURS = {"fused": "#2b6cb0", "dense": "#e07b00", "unused": "#ffffff", "untouch
 _MEANING = {
     "fused": "fused",
     "dense": "dense (reason in the table)",
-    "unused": "target, not read in this call",
+    "unused": "unused (not read in this call)",
     "untouched": "untouched (no target)",
 }
 _INCHES = 0.3  # per cell
@@ -136,7 +136,7 @@ def draw(report: RewriteReport, path: Path) -> Path:
     *estimates, title = report.summary()[-2:] if report.totals["flops_before"] else report.summary()[-1:]
     lines = [title, *(line for estimate in estimates for line in estimate.split("; "))]
     top = 1.0 * len(lines) + 4.0
-    width = max(width, 24.0, max(len(line) for line in lines) * _CHARACTER * 1.1)
+    width = max(width, 24.0, sum(map(_entry, _entries(nodes).values())), max(len(line) for line in lines) * _CHARACTER * 1.1)
     # Not pyplot: that would keep the figure in a global list and may pick a window system.
     figure = Figure(figsize=((width + 1) * _INCHES, (height + top + 1) * _INCHES), dpi=130, facecolor="white")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -236,18 +236,26 @@ def _draw_list(axes: Any, panel: Listing, x: float, y: float, scale: float) -> N
         y += height
 
 
+def _entries(nodes: list[Node]) -> dict[str, str]:
+    """The legend's texts, empty for what does not occur."""
+    counts = {status: sum(node.status == status for node in nodes) for status in _MEANING}
+    return {status: f"{counts[status]} {meaning}" if counts[status] else "" for status, meaning in _MEANING.items()}
+
+
+def _entry(text: str) -> float:
+    return 2.2 + len(text) * _CHARACTER if text else 0.0
+
+
 def _legend(axes: Any, nodes: list[Node], y: float, scale: float) -> None:
     from rosa_fx.report import scaled_flops
 
     x = 0.0
-    for status, meaning in _MEANING.items():
-        count = sum(node.status == status for node in nodes)
-        if count:
+    for status, text in _entries(nodes).items():
+        if text:
             sample = Node("", (), int(scale * 0.6), status)
-            text = f"{count} {meaning}"
             _square(axes, sample, x + 0.5, y, scale)
             axes.text(x + 1.2, y, text, fontsize=8, va="center")
-            x += 2.4 + len(text) * _CHARACTER * 1.15
+            x += _entry(text)
     sample = Node("", (), int(scale), "untouched")
     _square(axes, sample, 0.5, y + 1.3, scale)
     size = scaled_flops(int(scale)) if scale > 1 else "none counted"
