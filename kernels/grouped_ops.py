@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from rosa_fx.kernels import definition
+from rosa_fx.kernels.composition import product
 from rosa_fx.kernels.layout import Layout
-from rosa_fx.kernels.ops import DEVICES, product, scatter_grads
+from rosa_fx.kernels.ops import DEVICES, scatter_grads
 from rosa_fx.kernels.stack import Stack, grads_of_pieces, whole_piece
 
 

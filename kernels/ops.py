@@ -1,24 +1,22 @@
-"""The fused operators as `torch.library` operators: schema, fake, autograd, and one fast composition for CPU and CUDA.
+"""The fused operators as `torch.library` operators: schema, fake, autograd, and a fast implementation for CPU and CUDA.
 
-`definition.py` says what each computes. The composition here needs, per layer and product, one dequantised weight that lives
-as long as the call, one GEMM by the vendor's library, and the terms. What folds is added into that weight. What does not is
-added to the product: in float32 by a second, thin GEMM, in lower precision inside the accumulator of the first.
-Its floor is the GEMM of a frozen dense weight.
+`definition.py` says what each computes, `composition.py` holds the fast products.
 
 Nothing here is differentiable twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rosa_fx.kernels import definition
+from rosa_fx.kernels.composition import product
 from rosa_fx.kernels.layout import Layout
-from rosa_fx.kernels.stack import Stack, grads_of_pieces, pieces_of_region, whole_piece
+from rosa_fx.kernels.stack import grads_of_pieces, pieces_of_region, whole_piece
 
 DEVICES = ("cpu", "cuda")
 
@@ -33,59 +31,6 @@ def on_capture(callback: Callable[[], None]) -> None:
 
 def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def product(
-    x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
-) -> Tensor:
-    """x Wᵀ + b [*, N], or x W + b [*, K] if `transposed`, by one dequantised weight and one GEMM."""
-    if parsed.stack > 1:
-        return _stacked_product(x, bias, base, delta, parsed, transposed)
-    terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
-    folded = [(item, tensors) for item, tensors in terms if item.folds]
-    weight = (parsed.base.dequantize if folded else parsed.base.read)(base, parsed.shape, x.dtype)
-    for item, tensors in folded:
-        item.fold_(weight, tensors)
-    weight = parsed.cut(weight)
-    rows, right = _flat(x), weight if transposed else weight.t()
-    pairs = [
-        item.factors(rows, tensors if parsed.region is None else item.cut(tensors, parsed.region), transposed)
-        for item, tensors in terms
-        if not item.folds
-    ]
-    if pairs and x.dtype in (torch.bfloat16, torch.float16):
-        # y rounded to 8 or 11 bits would swallow an early delta, so the terms ride in the accumulator of one GEMM:
-        # y = [x, x Aᵀ] [W, s B]ᵀ. It costs a copy of x and of the weight just written, and saves the passes over y.
-        rows = torch.cat([rows, *(left for left, _ in pairs)], dim=1)
-        if transposed:
-            right = torch.cat([weight, *(thin for _, thin in pairs)], dim=0)
-        else:
-            right = torch.cat([weight, *(thin.t() for _, thin in pairs)], dim=1).t()
-        pairs = []
-    out = rows @ right if bias is None else torch.addmm(bias.to(x.dtype), rows, right)
-    for left, thin in pairs:
-        out.addmm_(left, thin)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def _stacked_product(
-    x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
-) -> Tensor:
-    """`product` with rows of a stack, which are part of one matrix or go across several."""
-    stack = Stack(base, delta, parsed)
-    pieces = list(pieces_of_region(parsed))
-    if len(pieces) == 1:
-        return product(x, bias, *stack.matrix(*pieces[0]), transposed)
-    if not transposed:
-        out = torch.cat([product(x, None, *stack.matrix(*piece), transposed) for piece in pieces], -1)
-        return out if bias is None else out + bias.to(x.dtype)
-    parts = x.to(definition.accumulate_dtype(x.dtype)).split([row_stop - row for _, (row, row_stop, _, _) in pieces], -1)
-    total = bias
-    for part, piece in zip(parts, pieces):
-        out = product(part, None, *stack.matrix(*piece), transposed)
-        total = out if total is None else total + out
-    assert total is not None
-    return total.to(x.dtype)
 
 
 @torch.library.custom_op("rosa_fx::materialize", mutates_args=())

@@ -78,9 +78,9 @@ def with_threads(threads: int, offsets: Tensor, cols: Tensor, dy: Tensor, x: Ten
 
 
 def test_library_is_compiled() -> None:
-    assert sparse._native(torch.empty(0)) is not None, "the test machine needs a C++ compiler"
-    assert sparse._native(torch.empty(0, device="meta")) is None
-    assert sparse._native(torch.empty(0, dtype=torch.float64)) is None
+    assert sparse.native(torch.empty(0)) is not None, "the test machine needs a C++ compiler"
+    assert sparse.native(torch.empty(0, device="meta")) is None
+    assert sparse.native(torch.empty(0, dtype=torch.float64)) is None
 
 
 @FUZZ

@@ -49,6 +49,21 @@ class TensorLayout(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Stored(NamedTuple):
+    """How D(Q) [N, K] lies in memory, for kernels that decode it themselves.
+
+    kind "dense": data is the weight; "int8": data int8 [N, K], scales float32 [N], D(Q) = data · scale / 127; "4bit": data
+    uint8 with two codes per byte, the first in the high half, scales float32 per block of `blocksize` elements of the flat
+    weight, table float32 [16], D(Q) = table[code] · scale.
+    """
+
+    kind: str
+    data: Tensor
+    scales: Tensor | None = None
+    table: Tensor | None = None
+    blocksize: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseFormat(ABC):
     """How D(Q) is stored. Immutable and hashable; holds settings only, never data."""
@@ -128,6 +143,10 @@ class BaseFormat(ABC):
 
         Takes and gives what `plain` gives.
         """
+
+    def stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        """How the tensors of `quantize` lie in memory; None if kernels have to go through `dequantize`."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": ..., **fields}`, of JSON values; `from_dict` takes it back."""

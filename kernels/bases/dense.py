@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rosa_fx.kernels.bases.base import BaseFormat, TensorLayout
+from rosa_fx.kernels.bases.base import BaseFormat, Stored, TensorLayout
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class DenseFormat(BaseFormat):
         self, tensors: Sequence[Tensor], shape: Sequence[int], start: int, stop: int
     ) -> tuple[BaseFormat, tuple[Tensor, ...]]:
         return self, (tensors[0][start:stop],)
+
+    def stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        return Stored("dense", tensors[0])
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.clone(memory_format=torch.contiguous_format),)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
-from rosa_fx.kernels.bases.base import BaseFormat, TensorLayout
+from rosa_fx.kernels import lookup
+from rosa_fx.kernels.bases.base import BaseFormat, Stored, TensorLayout
 from rosa_fx.kernels.bases.dense import DenseFormat
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -107,6 +108,9 @@ class FourBitFormat(BaseFormat):
         )
         return scales.add_(offset)
 
+    def stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        return Stored("4bit", tensors[0], self.block_scales(tensors), _table(self.kind), self.blocksize)
+
     def _dequantize(self, tensors: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         rows, columns = shape
         count = rows * columns
@@ -152,6 +156,11 @@ def _ops() -> Any:
     import bitsandbytes  # noqa: F401
 
     return torch.ops.bitsandbytes
+
+
+@functools.cache
+def _table(kind: str) -> Tensor:
+    return torch.tensor(lookup.table(kind))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
-from rosa_fx.kernels.bases.base import BaseFormat, TensorLayout
+from rosa_fx.kernels.bases.base import BaseFormat, Stored, TensorLayout
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Int8Format(BaseFormat):
         self, tensors: Sequence[Tensor], shape: Sequence[int], start: int, stop: int
     ) -> tuple[BaseFormat, tuple[Tensor, ...]]:
         return self, (tensors[0][start:stop], tensors[1][start:stop])
+
+    def stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        return Stored("int8", tensors[0], tensors[1])
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
         from bitsandbytes import functional

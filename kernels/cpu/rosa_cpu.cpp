@@ -14,6 +14,7 @@
 
 #include "vectors.h"
 
+#include "rows.cpp"
 #include "scatter.cpp"
 #include "sddmm.cpp"
 #include "topk.cpp"

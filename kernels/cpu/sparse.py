@@ -1,7 +1,7 @@
 """Sparse pieces of a RoSA layer: scatter into a dense weight, sampled dense-dense product, exact top-k selection.
 
 Each function has two implementations: C++ for CPU tensors (rosa_cpu.cpp and its parts, compiled on first use through
-Inductor's code cache), and plain torch for other devices, other dtypes and machines without a compiler; `_native` alone
+Inductor's code cache), and plain torch for other devices, other dtypes and machines without a compiler; `native` alone
 chooses.
 
 Precondition of everything that takes a mask: row_offsets (int32 [N+1]) starts at 0, never decreases and ends at
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rosa_fx.errors import RosaError
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 20  # elements of a temporary in the torch implementations
 _lock = threading.Lock()
@@ -61,15 +61,15 @@ def _compile() -> ctypes.CDLL | None:
     return library
 
 
-def _native(*tensors: Tensor) -> ctypes.CDLL | None:
+def native(*tensors: Tensor) -> ctypes.CDLL | None:
     """The compiled library if it can work on these tensors, else None."""
-    if any(t.device.type != "cpu" or t.dtype not in _DTYPES for t in tensors):
+    if any(t.device.type != "cpu" or t.dtype not in DTYPES for t in tensors):
         return None
     with _lock:  # functools.cache alone would let two threads compile, and warn, at once
         return _compile()
 
 
-def _check_mask(what: str, row_offsets: Tensor, cols: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def checked_mask(what: str, row_offsets: Tensor, cols: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     for name, tensor in (("row_offsets", row_offsets), ("cols", cols)):
         if tensor.dtype != torch.int32 or tensor.dim() != 1:
             raise RosaError(f"{what}: {name} must be a 1-D int32 tensor, got {tensor.dtype} {list(tensor.shape)}")
@@ -78,7 +78,7 @@ def _check_mask(what: str, row_offsets: Tensor, cols: Tensor, rows: int) -> tupl
     return row_offsets.contiguous(), cols.contiguous()
 
 
-def _check_filled(what: str, row_offsets: Tensor, cols: Tensor) -> None:
+def check_filled(what: str, row_offsets: Tensor, cols: Tensor) -> None:
     # Free on the CPU. A mask that was never set (offsets all 0) would otherwise leave outputs unwritten.
     entries = int(row_offsets[-1])
     if entries != cols.numel():
@@ -106,21 +106,21 @@ def scatter_add_(weight: Tensor, values: Tensor, row_offsets: Tensor, cols: Tens
     """
     if weight.dim() != 2 or not weight.is_contiguous():
         raise RosaError(f"scatter_add_: weight must be contiguous and 2-D, got {list(weight.shape)}; use .contiguous()")
-    row_offsets, cols = _check_mask("scatter_add_", row_offsets, cols, weight.shape[0])
+    row_offsets, cols = checked_mask("scatter_add_", row_offsets, cols, weight.shape[0])
     if values.shape != cols.shape:
         raise RosaError(f"scatter_add_: {list(values.shape)} values for {cols.numel()} mask entries")
-    library = _native(weight, values)
+    library = native(weight, values)
     if library is None:
         _scatter_add_torch(weight, values, row_offsets, cols)
         return
-    _check_filled("scatter_add_", row_offsets, cols)
+    check_filled("scatter_add_", row_offsets, cols)
     values = values.detach().contiguous()
     library.rosa_scatter_add(
         weight.data_ptr(),
-        _DTYPES[weight.dtype],
+        DTYPES[weight.dtype],
         *weight.shape,
         values.data_ptr(),
-        _DTYPES[values.dtype],
+        DTYPES[values.dtype],
         row_offsets.data_ptr(),
         cols.data_ptr(),
         torch.get_num_threads(),
@@ -146,21 +146,21 @@ def sddmm(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor, out_dtype: t
     """
     if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
         raise RosaError(f"sddmm: dy [M, N] and x [M, K] must share M, got {list(dy.shape)} and {list(x.shape)}")
-    row_offsets, cols = _check_mask("sddmm", row_offsets, cols, dy.shape[1])
-    library = _native(dy, x)
+    row_offsets, cols = checked_mask("sddmm", row_offsets, cols, dy.shape[1])
+    library = native(dy, x)
     if library is None:
         return _sddmm_torch(dy, x, row_offsets, cols).to(out_dtype)
-    _check_filled("sddmm", row_offsets, cols)
+    check_filled("sddmm", row_offsets, cols)
     dy, x = dy.detach(), x.detach()
     if cols.numel() == 0:
         return x.new_empty(0, dtype=out_dtype)
     out = torch.empty(cols.numel(), dtype=torch.float32)
     failed = library.rosa_sddmm(
         dy.data_ptr(),
-        _DTYPES[dy.dtype],
+        DTYPES[dy.dtype],
         *dy.stride(),
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *x.stride(),
         x.shape[0],
         dy.shape[1],
@@ -206,7 +206,7 @@ def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
             f"{min(rows * columns, _INT32_MAX)} (indices are int32)"
         )
     score = score.detach()
-    library = _native(score)
+    library = native(score)
     if library is None:
         return _select_topk_torch(score, nnz)
     row_offsets = torch.empty(rows + 1, dtype=torch.int32)

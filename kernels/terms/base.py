@@ -77,6 +77,10 @@ class Term(ABC):
             dW[index * rows : (index + 1) * rows].addmm_(dy.t().to(dW.dtype), x.to(dW.dtype))
         return self.grads_from_dense(dW, tensors)
 
+    def csr(self, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """(values, row_offsets, cols) where the term is a sparse matrix: kernels then add it to rows as they decode them."""
+        return None
+
     def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
         """The tensors of the term for that part of the weight, as views (terms without `folds`)."""
         raise AssertionError(f"term {self.kind!r} folds into the weight and is cut with it")

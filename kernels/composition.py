@@ -1,0 +1,208 @@
+"""The products y = x (D(Q) + S)ᵀ + s (x Aᵀ) Bᵀ + b and dx = dy (D(Q) + S) + ... out of GEMMs of the vendor's library.
+
+Cost of a product of M rows with a weight [N, K], over that of the GEMM of a frozen dense weight, 2·M·N·K operations:
+
+    tiles (CPU)   N·K elements decoded, S included, into a tile that stays in cache: one pass of N·K/2 bytes over memory
+                  for 4-bit codes, where dequantising and reading back a whole fp32 weight takes 8.5 bytes per element.
+                  Rows that are not float32 are widened and y is narrowed: M·(K + N) elements.
+    few rows      the same decoding and M·N·K multiply-adds from the L1 cache; no tile.
+    whole         the weight dequantised, N·K elements written and read; S scattered into it.
+    low rank      x Aᵀ and (x Aᵀ) Bᵀ: R·(1/N + 1/K) of the GEMM's operations, and one pass over y.
+
+Low precision is computed natively only where the CPU multiplies it natively. Elsewhere its GEMM is emulated at a third of
+float32's speed, so that widening pays although it decodes twice the bytes; the result is then rounded once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rosa_fx.kernels import definition
+from rosa_fx.kernels.cpu import rows
+from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.stack import Stack, pieces_of_region
+from rosa_fx.kernels.terms.base import Region, Term
+
+# Up to so many rows of x the weight is multiplied as it is decoded; beyond, a GEMM makes better use of the registers.
+FEW_ROWS = 32
+# Elements of a decoded tile, and the least outputs in it: thinner GEMMs pack their other operand too often.
+_TILE = 1 << 23
+_TILE_OUTPUTS = 1024
+# Scratch memory up to this size is kept by each thread: fresh large blocks would be page-faulted in every time.
+_KEPT_BYTES = 64 << 20
+
+_LOW = (torch.bfloat16, torch.float16)
+_Weighted = list[tuple[Term, Sequence[Tensor]]]
+
+
+def product(
+    x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
+) -> Tensor:
+    """x Wᵀ + b [*, N] of x [*, K], or x W + b [*, K] of x [*, N] if `transposed`, in x's dtype, for the layout's part of W."""
+    if parsed.stack > 1:
+        return _stacked_product(x, bias, base, delta, parsed, transposed)
+    terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
+    folded = [(item, tensors) for item, tensors in terms if item.folds]
+    beside = [
+        (item, tensors if parsed.region is None else item.cut(tensors, parsed.region))
+        for item, tensors in terms
+        if not item.folds
+    ]
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    source = _source(x, base, folded, parsed)
+    if source is None:
+        out = _whole(flat, bias, base, folded, beside, parsed, transposed)
+    elif not transposed and flat.shape[0] <= FEW_ROWS:
+        out = _few(flat, bias, source, beside, parsed)
+    else:
+        out = _tiled(flat, bias, source, beside, parsed, transposed)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _stacked_product(
+    x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
+) -> Tensor:
+    """`product` with rows of a stack, which are part of one matrix or go across several."""
+    stack = Stack(base, delta, parsed)
+    pieces = list(pieces_of_region(parsed))
+    if len(pieces) == 1:
+        return product(x, bias, *stack.matrix(*pieces[0]), transposed)
+    if not transposed:
+        out = torch.cat([product(x, None, *stack.matrix(*piece), transposed) for piece in pieces], -1)
+        return out if bias is None else out + bias.to(x.dtype)
+    parts = x.to(definition.accumulate_dtype(x.dtype)).split([row_stop - row for _, (row, row_stop, _, _) in pieces], -1)
+    total = bias
+    for part, piece in zip(parts, pieces):
+        out = product(part, None, *stack.matrix(*piece), transposed)
+        total = out if total is None else total + out
+    assert total is not None
+    return total.to(x.dtype)
+
+
+def native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of `dtype` at least as fast as float32 ones."""
+    cpu = torch.cpu
+    if dtype == torch.bfloat16:
+        return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+    return dtype not in _LOW or bool(cpu._is_amx_fp16_supported())
+
+
+def _source(x: Tensor, base: Sequence[Tensor], folded: _Weighted, layout: Layout) -> rows.Source | None:
+    """The weight for the row kernels, or None where the whole weight is needed, or is there already."""
+    csr = [item.csr(tensors) for item, tensors in folded]
+    if x.device.type != "cpu" or x.dtype == torch.float64 or len(csr) > 1 or None in csr:
+        return None
+    stored = layout.base.stored(base)
+    wide = x.dtype if native(x.dtype) else torch.float32
+    if stored is None or (not csr and stored.kind == "dense" and stored.data.dtype == wide):
+        return None
+    return rows.source(layout.shape, stored, csr[0] if csr else None)
+
+
+def _whole(
+    x: Tensor,
+    bias: Tensor | None,
+    base: Sequence[Tensor],
+    folded: _Weighted,
+    beside: _Weighted,
+    layout: Layout,
+    transposed: bool,
+) -> Tensor:
+    weight = (layout.base.dequantize if folded else layout.base.read)(base, layout.shape, x.dtype)
+    for item, tensors in folded:
+        item.fold_(weight, tensors)
+    weight = layout.cut(weight)
+    pairs = [item.factors(x, tensors, transposed) for item, tensors in beside]
+    right = weight if transposed else weight.t()
+    if pairs and x.dtype in _LOW:
+        # y rounded to 8 or 11 bits would swallow an early delta, so the terms ride in the accumulator of one GEMM:
+        # y = [x, x Aᵀ] [W, s B]ᵀ. It costs a copy of x and of the weight just written, and saves the passes over y.
+        x = torch.cat([x, *(left for left, _ in pairs)], dim=1)
+        if transposed:
+            right = torch.cat([weight, *(thin for _, thin in pairs)], dim=0)
+        else:
+            right = torch.cat([weight, *(thin.t() for _, thin in pairs)], dim=1).t()
+        pairs = []
+    out = x @ right if bias is None else torch.addmm(bias.to(x.dtype), x, right)
+    for left, thin in pairs:
+        out.addmm_(left, thin)
+    return out
+
+
+def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout) -> Tensor:
+    wide = x.float().contiguous()
+    out = torch.empty(x.shape[0], layout.out_shape[0])
+    source.few(_region(layout), wide, out)
+    for item, tensors in beside:
+        left, thin = item.factors(wide, tensors, False)
+        out.addmm_(left.float(), thin)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype)
+
+
+def _tiled(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout, transposed: bool) -> Tensor:
+    """Tiles of outputs, each reduced in one GEMM: rows of the weight, or its columns if `transposed`."""
+    depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
+    dtype = x.dtype if native(x.dtype) else torch.float32
+    wide = x if dtype == x.dtype else _scratch("rows", x.shape, dtype).copy_(x)
+    # A left factor that was computed elsewhere has x's dtype.
+    pairs = [(left.to(dtype), thin) for left, thin in (item.factors(wide, tensors, transposed) for item, tensors in beside)]
+    # As in `_whole`: in low precision the terms ride in the accumulator.
+    riders = pairs if dtype in _LOW else []
+    if riders:
+        wide = torch.cat([wide, *(left for left, _ in riders)], dim=1)
+        pairs = []
+    out = x.new_empty(x.shape[0], outputs)
+    row, row_stop, column, column_stop = _region(layout)
+    width = min(outputs, max(_TILE_OUTPUTS, _TILE // max(1, depth)))
+    for start in range(0, outputs, width):
+        stop = min(outputs, start + width)
+        if transposed:
+            tile = _scratch("tile", (wide.shape[1], stop - start), dtype)
+            source.write((row, row_stop, column + start, column + stop), tile)
+            right = tile
+        else:
+            tile = _scratch("tile", (stop - start, wide.shape[1]), dtype)
+            source.write((row + start, row + stop, column, column_stop), tile)
+            right = tile.t()
+        at = depth
+        for _, thin in riders:
+            right[at : at + len(thin)].copy_(thin[:, start:stop])
+            at += len(thin)
+        target = out[:, start:stop]
+        total = target if dtype == x.dtype else _scratch("out", target.shape, dtype)
+        if bias is None:
+            torch.mm(wide, right, out=total)
+        else:
+            torch.addmm(bias[start:stop].to(dtype), wide, right, out=total)
+        for left, thin in pairs:
+            total.addmm_(left, thin[:, start:stop])
+        if total is not target:
+            target.copy_(total)
+    return out
+
+
+def _region(layout: Layout) -> Region:
+    return layout.region or (0, layout.shape[0], 0, layout.shape[1])
+
+
+_kept = threading.local()
+
+
+def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, this thread's own until it asks for the same name again."""
+    count = torch.Size(shape).numel()
+    bytes_ = count * dtype.itemsize
+    if bytes_ > _KEPT_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    kept: Tensor | None = getattr(_kept, name, None)
+    if kept is None or kept.numel() < bytes_:
+        with torch.inference_mode(False):
+            kept = torch.empty(bytes_, dtype=torch.uint8)
+        setattr(_kept, name, kept)
+    return kept[:bytes_].view(dtype).view(torch.Size(shape))

@@ -1,0 +1,223 @@
+// Rows of D(Q) + S: decoded into a tile for a GEMM, or multiplied in the L1 cache with a few rows of x.
+//
+// Cost per element of the weight: a 4-bit code is looked up among 16 registers' lanes, about 5 instructions per vector, so
+// decoding runs at the speed at which the tile is stored; a sparse entry lands in the row just written, a cache hit.
+// Every product of a code and its scale is rounded to fp32 once, as bitsandbytes does: the values are the same bits.
+namespace {
+
+enum Kind { DENSE_F32 = 0, DENSE_BF16 = 1, DENSE_F16 = 2, INT8 = 3, FOUR_BIT = 4 };
+
+struct Rows {
+  int64_t kind, N, K;
+  const void* data;      // dense: [N, K]; int8: codes [N, K]; 4-bit: two codes per byte, the first in the high half
+  const float* scales;   // int8: per row; 4-bit: per block of the flat weight
+  const float* table;    // 4-bit: values of the 16 codes
+  int64_t blocksize;     // 4-bit
+  const void* values;    // of S, or null
+  int64_t values_dtype;
+  const int32_t *row_offsets, *cols;
+};
+
+typedef float vf_unaligned __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));
+
+template <class E>
+INLINE void widen_span(const typename E::T* p, int64_t n, float* dst) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) *reinterpret_cast<vu_unaligned*>(dst + i) = E::widen(E::load(p + i));
+  for (; i < n; ++i) dst[i] = bits_float(E::widen(p[i]));
+}
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+// The 16 values of a block's codes in registers, and VL codes from an even element on looked up there.
+struct Values {
+  vf low, high;  // high: the upper 8 where VL is 8
+  Values(const float* table, float scale) {
+    low = *reinterpret_cast<const vf_unaligned*>(table) * scale;
+    high = *reinterpret_cast<const vf_unaligned*>(table + 16 - VL) * scale;
+  }
+  static inline vu word(const uint8_t* p) {
+    uint32_t w;
+    std::memcpy(&w, p, 4);
+    return splat(w);
+  }
+  inline vf look_up(const uint8_t* p) const {
+#if defined(__AVX512F__)
+    const vu upper = {0, 0, 0, 0, 0, 0, 0, 0, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+    const vu shifts = {4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24};
+    return __builtin_shuffle(low, (vi)(select(upper, word(p + 4), word(p)) >> shifts & 15u));
+#else
+    const vu shifts = {4, 0, 12, 8, 20, 16, 28, 24};
+    return __builtin_shuffle(low, high, (vi)(word(p) >> shifts & 15u));
+#endif
+  }
+};
+#else
+struct Values {
+  float values[16];
+  Values(const float* table, float scale) {
+    for (int c = 0; c < 16; ++c) values[c] = table[c] * scale;
+  }
+  inline vf look_up(const uint8_t* p) const {
+    vf out;
+    for (int k = 0; k < VL; ++k) out[k] = values[k & 1 ? p[k / 2] & 15 : p[k / 2] >> 4];
+    return out;
+  }
+};
+#endif
+
+// The elements begin .. end of the flat weight.
+INLINE void decode_span(const Rows& s, int64_t begin, int64_t end, float* dst) {
+  const auto* packed = static_cast<const uint8_t*>(s.data);
+  const int shift = __builtin_ctzll(s.blocksize);  // a power of two
+  for (int64_t i = begin; i < end;) {
+    const int64_t block = i >> shift, stop = std::min(end, (block + 1) << shift);
+    const float scale = s.scales[block];
+    const Values values(s.table, scale);
+    const auto one = [&] { dst[i - begin] = s.table[i & 1 ? packed[i >> 1] & 15 : packed[i >> 1] >> 4] * scale, ++i; };
+    if (i & 1) one();
+    for (; i + VL <= stop; i += VL) *reinterpret_cast<vf_unaligned*>(dst + (i - begin)) = values.look_up(packed + (i >> 1));
+    while (i < stop) one();
+  }
+}
+
+// Columns c0 .. c1 of row r of D(Q) + S, in fp32.
+void decode_row(const Rows& s, int64_t r, int64_t c0, int64_t c1, float* dst) {
+  const int64_t at = r * s.K + c0, n = c1 - c0;
+  switch (s.kind) {
+    case DENSE_F32: std::memcpy(dst, static_cast<const float*>(s.data) + at, n * sizeof(float)); break;
+    case DENSE_BF16: widen_span<BFloat>(static_cast<const uint16_t*>(s.data) + at, n, dst); break;
+    case DENSE_F16: widen_span<Half>(static_cast<const uint16_t*>(s.data) + at, n, dst); break;
+    case INT8: {
+      const auto* codes = static_cast<const int8_t*>(s.data) + at;
+      const float scale = s.scales[r];
+      for (int64_t i = 0; i < n; ++i) dst[i] = float(codes[i]) * scale * 7.874015718698502e-3f;  // 1 / 127, as the codec has it
+      break;
+    }
+    default: decode_span(s, at, at + n, dst);
+  }
+  if (!s.values) return;
+  int64_t j = s.row_offsets[r];
+  const int64_t end = s.row_offsets[r + 1];
+  if (c0 > 0) j = std::lower_bound(s.cols + j, s.cols + end, int32_t(c0)) - s.cols;
+  for (; j < end && s.cols[j] < c1; ++j) {
+    const uint32_t bits = s.values_dtype == F32 ? static_cast<const uint32_t*>(s.values)[j]
+                          : s.values_dtype == BF16 ? BFloat::widen(static_cast<const uint16_t*>(s.values)[j])
+                                                   : Half::widen(static_cast<const uint16_t*>(s.values)[j]);
+    dst[s.cols[j] - c0] += bits_float(bits);
+  }
+}
+
+void narrow_bf16(const float* from, int64_t n, uint16_t* to) {  // as BFloat::narrow
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) {
+    const vu u = *reinterpret_cast<const vu_unaligned*>(from + i);
+    const vu nan = (vu)((vi)(u & 0x7fffffffu) > (vi)splat(0x7f800000u));
+    const vu rounded = select(nan, u >> 16 | 0x40u, (u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+    *reinterpret_cast<vh_unaligned*>(to + i) = __builtin_convertvector(rounded, vh);
+  }
+  for (; i < n; ++i) to[i] = BFloat::narrow(from[i]);
+}
+
+// ---- a few rows of x ---------------------------------------------------------------------------------------------
+
+constexpr int WEIGHT_ROWS = 4;  // decoded together: each vector of x serves them all
+
+thread_local Scratch row_scratch, sum_scratch;
+
+// sums[MG][WEIGHT_ROWS] += the products of MG rows of x with WEIGHT_ROWS rows of the weight, over n columns.
+template <int MG>
+void dot_products(const float* w, const float* x, int64_t x_stride, int64_t n, vf* sums) {
+  vf acc[MG][WEIGHT_ROWS];
+  for (int m = 0; m < MG; ++m)
+    for (int i = 0; i < WEIGHT_ROWS; ++i) acc[m][i] = sums[m * WEIGHT_ROWS + i];
+  int64_t k = 0;
+  for (; k + VL <= n; k += VL) {
+    vf wv[WEIGHT_ROWS];
+    for (int i = 0; i < WEIGHT_ROWS; ++i) wv[i] = *reinterpret_cast<const vf*>(w + i * SPAN + k);
+    for (int m = 0; m < MG; ++m) {
+      const vf xv = *reinterpret_cast<const vf_unaligned*>(x + m * x_stride + k);
+      for (int i = 0; i < WEIGHT_ROWS; ++i) acc[m][i] += xv * wv[i];
+    }
+  }
+  for (; k < n; ++k)
+    for (int m = 0; m < MG; ++m)
+      for (int i = 0; i < WEIGHT_ROWS; ++i) acc[m][i][0] += x[m * x_stride + k] * w[i * SPAN + k];
+  for (int m = 0; m < MG; ++m)
+    for (int i = 0; i < WEIGHT_ROWS; ++i) sums[m * WEIGHT_ROWS + i] = acc[m][i];
+}
+
+using DotProducts = void (*)(const float*, const float*, int64_t, int64_t, vf*);
+
+float lane_sum(vf v) {
+  float lanes[VL];
+  *reinterpret_cast<vf_unaligned*>(lanes) = v;
+  for (int half = VL / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+}  // namespace
+
+extern "C" {
+
+// out[i][j] = (D(Q) + S)[r0 + i][c0 + j], rounded once to out_dtype; `pitch` elements from row to row of out.
+int rosa_write_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, void* out, int out_dtype,
+                    int64_t pitch, int threads) {
+  const int64_t n = c1 - c0;
+  if (n == 0) return 0;
+  int failed = 0;
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * n / 32768)));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t r = r0; r < r1; ++r) {
+    if (out_dtype == F32) {
+      decode_row(*rows, r, c0, c1, static_cast<float*>(out) + (r - r0) * pitch);
+      continue;
+    }
+    float* row = row_scratch.get<float>(n);
+    uint16_t* to = static_cast<uint16_t*>(out) + (r - r0) * pitch;
+    if (!row) {
+#pragma omp atomic write
+      failed = 1;
+      continue;
+    }
+    decode_row(*rows, r, c0, c1, row);
+    if (out_dtype == BF16) narrow_bf16(row, n, to);
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = Half::narrow(row[i]);
+  }
+  return failed;
+}
+
+// y[m][r - r0] = sum over c0 <= k < c1 of x[m][k - c0] (D(Q) + S)[r][k], all in fp32. No element depends on `threads`.
+int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const float* x, int64_t M,
+                  int64_t x_stride, float* y, int64_t y_stride, int threads) {
+  const DotProducts kernels[] = {nullptr, dot_products<1>, dot_products<2>, dot_products<3>, dot_products<4>};
+  if (M == 0) return 0;
+  const int64_t blocks = (r1 - r0 + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+  int failed = 0;
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * (c1 - c0) / 32768)));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = r0 + b * WEIGHT_ROWS, count = std::min<int64_t>(WEIGHT_ROWS, r1 - first);
+    float* w = row_scratch.get<float>(WEIGHT_ROWS * SPAN);
+    vf* sums = sum_scratch.get<vf>(M * WEIGHT_ROWS);
+    if (!w || !sums) {
+#pragma omp atomic write
+      failed = 1;
+      continue;
+    }
+    std::memset(sums, 0, M * WEIGHT_ROWS * sizeof(vf));
+    if (count < WEIGHT_ROWS) std::memset(w, 0, WEIGHT_ROWS * SPAN * sizeof(float));
+    for (int64_t c = c0; c < c1; c += SPAN) {
+      const int64_t n = std::min<int64_t>(SPAN, c1 - c);
+      for (int64_t i = 0; i < count; ++i) decode_row(*rows, first + i, c, c + n, w + i * SPAN);
+      for (int64_t m = 0; m < M; m += 4)
+        kernels[std::min<int64_t>(4, M - m)](w, x + m * x_stride + (c - c0), x_stride, n, sums + m * WEIGHT_ROWS);
+    }
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t i = 0; i < count; ++i) y[m * y_stride + (first - r0) + i] = lane_sum(sums[m * WEIGHT_ROWS + i]);
+  }
+  return failed;
+}
+
+}  // extern "C"

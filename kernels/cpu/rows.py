@@ -1,0 +1,112 @@
+"""Rows of D(Q) + S on the CPU: written into a tile that a GEMM reads, or multiplied on the spot with a few rows of x.
+
+The C++ is in rows.cpp. Where it cannot be had (no compiler), or a weight is stored as it cannot read, `source` is None and
+the caller dequantises the whole weight instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rosa_fx.kernels.bases.base import Stored
+from rosa_fx.kernels.cpu import sparse
+from rosa_fx.kernels.terms.base import Region, Shape
+
+_INT8, _FOUR_BIT = 3, 4  # the kinds of rows.cpp; below are dense weights, by dtype
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("K", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("blocksize", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("values_dtype", ctypes.c_int64),
+        ("row_offsets", ctypes.c_void_p),
+        ("cols", ctypes.c_void_p),
+    )
+
+
+class Source:
+    """D(Q) + S of one weight, ready to be read by rows. Holds its tensors as long as it lives."""
+
+    def __init__(self, library: ctypes.CDLL, shape: Shape, stored: Stored, csr: Sequence[Tensor] | None) -> None:
+        self._library = library
+        self._tensors = [stored, csr]
+        kind = {"int8": _INT8, "4bit": _FOUR_BIT}.get(stored.kind) or sparse.DTYPES[stored.data.dtype]
+        self._rows = _Rows(kind, *shape, stored.data.data_ptr(), blocksize=stored.blocksize)
+        if stored.scales is not None:
+            self._rows.scales = stored.scales.data_ptr()
+        if stored.table is not None:
+            self._rows.table = stored.table.data_ptr()
+        if csr is not None:
+            values, row_offsets, cols = csr
+            self._rows.values, self._rows.values_dtype = values.data_ptr(), sparse.DTYPES[values.dtype]
+            self._rows.row_offsets, self._rows.cols = row_offsets.data_ptr(), cols.data_ptr()
+
+    def write(self, region: Region, out: Tensor) -> None:
+        """out = that part of D(Q) + S, summed in float32 and rounded once. out: float32, bfloat16 or float16; rows apart by
+        any pitch, elements of a row adjacent. Raises MemoryError without scratch memory."""
+        failed = self._library.rosa_write_rows(
+            ctypes.byref(self._rows),
+            *region,
+            out.data_ptr(),
+            sparse.DTYPES[out.dtype],
+            out.stride(0),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no scratch memory for a row of {region[3] - region[2]} weights")
+
+    def few(self, region: Region, x: Tensor, out: Tensor) -> None:
+        """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, all float32, rows of x and out adjacent
+        elements. For few rows of x: the weight is decoded in the L1 cache and never stored. Raises as `write`."""
+        failed = self._library.rosa_few_rows(
+            ctypes.byref(self._rows),
+            *region,
+            x.data_ptr(),
+            x.shape[0],
+            x.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
+
+
+@functools.cache
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.rosa_write_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i32, i64, i32]
+    library.rosa_write_rows.restype = i32
+    library.rosa_few_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32]
+    library.rosa_few_rows.restype = i32
+    return library
+
+
+def source(shape: Shape, stored: Stored | None, csr: Sequence[Tensor] | None) -> Source | None:
+    """D(Q) + S [N, K] with S given as (values, row_offsets, cols) or None; None if the kernels cannot read it.
+
+    Raises RosaError for a mask that does not fit the weight or does not hold as many entries as there are values.
+    """
+    if stored is None or stored.data.device.type != "cpu" or not stored.data.is_contiguous():
+        return None
+    operands = [] if csr is None else [csr[0]]
+    library = sparse.native(*operands, *([stored.data] if stored.kind == "dense" else []))
+    if library is None:
+        return None
+    if csr is not None:
+        row_offsets, cols = sparse.checked_mask("linear", csr[1], csr[2], shape[0])
+        sparse.check_filled("linear", row_offsets, cols)
+        csr = (csr[0].detach().contiguous(), row_offsets, cols) if cols.numel() else None
+    return Source(_declared(library), shape, stored, csr)
