@@ -35,8 +35,8 @@ def peak(call: Callable[[], Any]) -> int:
 def run(dtype_name: str, rounds: int, size: int = 2048, rows: int = 512) -> Part:
     part = Part("scaling", "One compiled QRoSA layer, forward + backward: time and memory against its sizes")
     part.notes = [
-        f"Around a {size}x{size} NF4 weight with {rows} rows, rank 16, 0.6 % sparse, {dtype_name}. `cost` is the operations of the "
-        "layer's products over those of the floor; `resident` the base and the adapters, `peak` what a step allocates above it."
+        f"Around a {size}x{size} NF4 weight with {rows} rows, rank 16, 0.6 % sparse, {dtype_name}. `cost` is the operations "
+        "of the layer's products over those of the floor; `resident` the base and the adapters, `peak` what a step allocates above it."
     ]
     at: dict[str, float] = {"size": size, "rows": rows, "density": 0.006, "rank": 16}
     curves: dict[str, tuple[float, ...]] = {
