@@ -118,9 +118,10 @@ def model_command(
     check: Check = False,
     tries: Tries = 3,
     name: Name = "",
+    compiled: Annotated[bool, typer.Option(help="Compile what is meant to be compiled.")] = True,
 ) -> None:
     """Training steps in lockstep: PEFT LoRA, QLoRA, the reference, QRoSA and its mask step."""
-    leave(finish(lambda: model.run(model_name, dtypes_of(dtype), rounds, shape_of(tokens)), out, check, tries, name))
+    leave(finish(lambda: model.run(model_name, dtypes_of(dtype), rounds, shape_of(tokens), compiled), out, check, tries, name))
 
 
 @app.command("memory")
@@ -193,7 +194,8 @@ def scaling_command(
     check: Check = False,
     tries: Tries = 3,
     name: Name = "",
+    compiled: Annotated[bool, typer.Option(help="Compile the layers of rosa_fx.")] = True,
 ) -> None:
     """Time and memory of a layer against its size, rows, density and rank."""
     (dtype,) = dtypes_of([dtype])
-    leave(finish(lambda: scaling.run(dtype, rounds, size, rows), out, check, tries, name))
+    leave(finish(lambda: scaling.run(dtype, rounds, size, rows, compiled), out, check, tries, name))

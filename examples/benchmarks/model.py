@@ -61,7 +61,7 @@ def transformed(model: nn.Module, masked: bool = True) -> nn.Module:
     return model
 
 
-def build(peer: str, name: str, dtype: torch.dtype, base: nn.Module | None = None) -> nn.Module:
+def build(peer: str, name: str, dtype: torch.dtype, base: nn.Module | None = None, compiled: bool = True) -> nn.Module:
     """A peer's model, from a copy of `base` if given. LoRA as PEFT sets it up: on all linears but the head."""
     model = load(name, dtype) if base is None else copy.deepcopy(base)
     if peer in (LORA, LORA_COMPILED):
@@ -73,7 +73,7 @@ def build(peer: str, name: str, dtype: torch.dtype, base: nn.Module | None = Non
         model = replace_linears(model.requires_grad_(False), source)
     else:
         model = transformed(model, masked=peer == QROSA)
-    if peer in (LORA_COMPILED, QLORA_COMPILED, QROSA, LOW_RANK, MASK):
+    if compiled and peer in (LORA_COMPILED, QLORA_COMPILED, QROSA, LOW_RANK, MASK):
         rosa_fx.compile_blocks(model)
     return model
 
@@ -121,7 +121,9 @@ def verify(base: nn.Module, data: dict[str, Tensor], peers: dict[str, nn.Module]
     common.compare("logits", right, ours, plain)
 
 
-def run(names: Sequence[str], dtypes: Sequence[str], rounds: int, tokens: tuple[int, int] = (4, 256)) -> Part:
+def run(
+    names: Sequence[str], dtypes: Sequence[str], rounds: int, tokens: tuple[int, int] = (4, 256), compiled: bool = True
+) -> Part:
     part = Part("model", "A training step: time over that of PEFT LoRA, eager, in the same dtype")
     part.notes = [
         f"{tokens[0]}x{tokens[1]} tokens, rank {RANK}, {DENSITY:.1%} sparse, NF4 in blocks of 64, all linears but the head, "
@@ -135,7 +137,7 @@ def run(names: Sequence[str], dtypes: Sequence[str], rounds: int, tokens: tuple[
             torch._dynamo.reset()
             base = load(name, dtype)
             data = batch(base, tokens)
-            models = {peer: build(peer, name, dtype, base) for peer in peers}
+            models = {peer: build(peer, name, dtype, base, compiled) for peer in peers}
             verify(base, data, models)
             del base
             steps = {peer: training_step(model, data, peer == MASK) for peer, model in models.items()}

@@ -32,11 +32,12 @@ def peak(call: Callable[[], Any]) -> int:
     return highest
 
 
-def run(dtype_name: str, rounds: int, size: int = 2048, rows: int = 512) -> Part:
+def run(dtype_name: str, rounds: int, size: int = 2048, rows: int = 512, compile_ours: bool = True) -> Part:
     part = Part("scaling", "One compiled QRoSA layer, forward + backward: time and memory against its sizes")
     part.notes = [
         f"Around a {size}x{size} NF4 weight with {rows} rows, rank 16, 0.6 % sparse, {dtype_name}. `cost` is the operations "
-        "of the layer's products over those of the floor; `resident` the base and the adapters, `peak` what a step allocates above it."
+        "of the layer's products over those of the floor; `resident` the base and the adapters, `peak` what a step "
+        "allocates above it."
     ]
     at: dict[str, float] = {"size": size, "rows": rows, "density": 0.006, "rank": 16}
     curves: dict[str, tuple[float, ...]] = {
@@ -46,7 +47,7 @@ def run(dtype_name: str, rounds: int, size: int = 2048, rows: int = 512) -> Part
         "rank": tuple(rank for rank in RANKS if rank <= size // 2),
     }
     for name, values in curves.items():
-        points = [_point(part, name, at | {name: value}, common.DTYPES[dtype_name], rounds) for value in values]
+        points = [_point(part, name, at | {name: value}, common.DTYPES[dtype_name], rounds, compile_ours) for value in values]
         part.panels[f"against {name}"] = {
             label: [(value, point[label]) for value, point in zip(values, points, strict=True)] for label in points[0]
         }
@@ -54,7 +55,9 @@ def run(dtype_name: str, rounds: int, size: int = 2048, rows: int = 512) -> Part
     return part
 
 
-def _point(part: Part, varied: str, at: dict[str, float], dtype: torch.dtype, rounds: int) -> dict[str, float]:
+def _point(
+    part: Part, varied: str, at: dict[str, float], dtype: torch.dtype, rounds: int, compile_ours: bool
+) -> dict[str, float]:
     size, rows, rank, density = int(at["size"]), int(at["rows"]), int(at["rank"]), at["density"]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator) * size**-0.5
@@ -62,7 +65,7 @@ def _point(part: Part, varied: str, at: dict[str, float], dtype: torch.dtype, ro
     dy = torch.randn(rows, size, generator=generator).to(dtype)
     frozen: Tensor = weight.to(dtype)
     model = layer.rosa(weight, dtype, "nf4", rank, density)
-    call: Any = torch.compile(model, dynamic=False)
+    call: Any = torch.compile(model, dynamic=False) if compile_ours else model
     layer.verify(model, call, x, dy)
     (rewritten,) = state_of(model).weights.values()
     resident = sum(tensor.nbytes for tensor in [*rewritten.base.tensors(), *rewritten.delta_tensors()])

@@ -1,0 +1,166 @@
+"""Rows of D(Q) + S decoded by the CPU kernels: the same bits as the codecs', wherever a part of the weight begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rosa_fx.errors import RosaError
+from rosa_fx.kernels import composition, ops
+from rosa_fx.kernels.bases.base import base_format
+from rosa_fx.kernels.cpu import rows
+from rosa_fx.kernels.layout import Layout
+from rosa_fx.mask import Mask
+
+MakeCase = Callable[..., Any]
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+BASES: list[tuple[str, dict[str, Any]]] = [
+    ("nf4", {}),
+    ("nf4", {"double_quant": True}),
+    ("fp4", {"blocksize": 32}),
+    ("nf4", {"blocksize": 4096}),
+    ("int8", {}),
+    ("dense", {}),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+sizes = st.sampled_from([1, 2, 3, 7, 16, 31, 33, 64, 65, 97, 128, 1025])
+
+
+def random_csr(N: int, K: int, density: float, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    mask = Mask.from_dense(torch.rand(N, K, generator=generator) < density)
+    return [torch.randn(mask.nnz, generator=generator).to(dtype), mask.row_offsets, mask.cols]
+
+
+@FUZZ
+@given(
+    sizes, sizes, st.sampled_from(BASES), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.floats(0, 1), st.integers(0, 9)
+)
+def test_rows_are_the_codecs_bits_and_sparse_values(
+    N: int, K: int, base: tuple[str, dict[str, Any]], weight_t: torch.dtype, out_t: torch.dtype, cut: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    form = base_format(base[0], **base[1])
+    tensors = form.quantize(torch.randn(N, K, generator=generator).to(weight_t))
+    csr = random_csr(N, K, 0.1, weight_t, generator)
+    row, column = int(cut * (N - 1)), int((1 - cut) * (K - 1))
+    region = (row, N, column, K)
+    for sparse in (None, csr):
+        source = rows.source((N, K), form.stored(tensors), sparse)
+        assert source is not None
+        wide = form.dequantize(tensors, (N, K), torch.float32)
+        if sparse is not None:
+            mask = Mask(csr[1], csr[2], (N, K))
+            wide[mask.rows(), mask.cols.long()] += csr[0].float()
+        expected = wide.to(out_t)[row:, column:]
+        held = torch.full((N - row, K - column + 3), float("nan"), dtype=out_t)
+        source.write(region, held[:, : K - column])
+        assert torch.equal(held[:, : K - column], expected)
+        assert bool(held[:, K - column :].isnan().all())
+
+
+@FUZZ
+@given(sizes, sizes, st.sampled_from(BASES), st.sampled_from([0, 1, 2, 3, 4, 5, 8, 33]), st.floats(0, 1), st.integers(0, 9))
+def test_few_rows(N: int, K: int, base: tuple[str, dict[str, Any]], M: int, cut: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    form = base_format(base[0], **base[1])
+    tensors = form.quantize(torch.randn(N, K, generator=generator))
+    csr = random_csr(N, K, 0.1, torch.float32, generator)
+    row, column = int(cut * (N - 1)), int((1 - cut) * (K - 1))
+    source = rows.source((N, K), form.stored(tensors), csr)
+    assert source is not None
+    weight = torch.empty(N - row, K - column)
+    source.write((row, N, column, K), weight)
+    x = torch.randn(M, K - column, generator=generator)
+    outputs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            held = torch.full((M, N - row + 2), float("nan"))
+            source.few((row, N, column, K), x, held[:, : N - row])
+            outputs.append(held[:, : N - row])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outputs)
+    exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    # A bound for every order of summation with at most 80 roundings on any path (1025 columns in at least 16 sums or less).
+    paths = max(80, (K - column) // 4 + 8)
+    assert bool(((outputs[0] - exact).abs() <= paths * torch.finfo(torch.float32).eps * size).all())
+
+
+def test_non_finite_sparse_values_stay_where_they_are() -> None:
+    form = base_format("nf4")
+    tensors = form.quantize(torch.ones(1, 64))
+    csr = [torch.tensor([float("nan"), float("inf")]), torch.tensor([0, 2], dtype=torch.int32)]
+    source = rows.source((1, 64), form.stored(tensors), [*csr, torch.tensor([3, 40], dtype=torch.int32)])
+    assert source is not None
+    for dtype in DTYPES:
+        out = torch.empty(1, 64, dtype=dtype)
+        source.write((0, 1, 0, 64), out)
+        assert out.isnan().nonzero().tolist() == [[0, 3]]
+        assert out.isinf().nonzero().tolist() == [[0, 40]]
+
+
+def test_what_the_kernels_cannot_read_is_left_to_the_codecs() -> None:
+    form = base_format("dense")
+    stored = form.stored([torch.ones(4, 4)])
+    assert rows.source((4, 4), None, None) is None
+    assert rows.source((4, 4), form.stored([torch.ones(4, 4).double()]), None) is None
+    assert rows.source((4, 4), form.stored([torch.ones(4, 4).t()[:, ::2]]), None) is None
+    assert rows.source((4, 4), form.stored([torch.ones(4, 4, device="meta")]), None) is None
+    offsets, cols = torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    assert rows.source((4, 4), stored, [torch.ones(1).double(), offsets, cols]) is None
+    with pytest.raises(RosaError, match="4 rows need 5"):
+        rows.source((4, 4), stored, [torch.ones(1), offsets[:-1], cols])
+    with pytest.raises(RosaError, match="ends at 0, but cols has 1 entries"):
+        rows.source((4, 4), stored, [torch.ones(1), torch.zeros_like(offsets), cols])
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", ["nf4", "int8", "dense"])
+def test_tiles_few_rows_and_the_whole_weight_agree(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, base: str, dtype: torch.dtype, native: bool
+) -> None:
+    """On CPUs that multiply low precision natively and on others, with tiles of a few outputs, for whole and cut weights."""
+    case = make_case((97, 130), base, dtype=dtype, m=11)
+    monkeypatch.setattr(composition, "native", lambda dtype: native or dtype == torch.float32)
+    for region in (None, (5, 60, 7, 130)):
+        layout: Layout = case.layout if region is None else case.layout.part(region)
+        N, K = layout.out_shape
+        x, dy = case.x[:, -K:], case.dy[:, -N:]
+        bias, bias_t = case.bias[-N:], torch.linspace(-1, 1, K)
+        results = []
+        for how in ("whole", "tiled", "few"):
+            with monkeypatch.context() as patch:
+                if how == "whole":
+                    patch.setattr(composition, "_source", lambda *a: None)
+                patch.setattr(composition, "FEW_ROWS", 32 if how == "few" else 0)
+                patch.setattr(composition, "_TILE", 1)
+                patch.setattr(composition, "_TILE_OUTPUTS", 13)
+                y = ops.linear(x, bias, case.base, case.delta, layout.key)
+                results.append((y, ops.linear_t(dy, bias_t, case.base, case.delta, layout.key)))
+        wide = case.layout64 if region is None else case.layout64.part(region)
+        inputs = ((x, bias, ops.linear), (dy, bias_t, ops.linear_t))
+        for (plain, *others), (operand, b, call) in zip(zip(*results, strict=True), inputs, strict=True):
+            exact = call(operand.double(), b.double(), [case.base64] if base == "dense" else case.base, case.delta64, wide.key)
+            allowed = 1.1 * (plain.double() - exact).square().mean().sqrt() + 2**-24 * exact.square().mean().sqrt()
+            for other in others:
+                assert other.dtype == dtype
+                assert (other.double() - exact).square().mean().sqrt() <= allowed
+
+
+def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = composition._scratch("test", (3, 5), torch.float32)
+    assert composition._scratch("test", (2, 4), torch.bfloat16).data_ptr() == first.data_ptr()
+    monkeypatch.setattr(composition, "_KEPT_BYTES", 8)
+    assert composition._scratch("test", (3, 5), torch.float32).data_ptr() != first.data_ptr()
+    with torch.inference_mode():
+        composition._scratch("test inference", (2,), torch.float32)
+    composition._scratch("test inference", (2,), torch.float32).add_(1)
