@@ -72,8 +72,9 @@ class LowRank(Term):
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         A, B = tensors
         dA = (dy @ self._scaled(B, dy.dtype)).t() @ x
-        dB = dy.t() @ (x @ A.to(x.dtype).t())
-        return [dA.to(A.dtype), self._scaled(dB, B.dtype)]
+        # As (uᵀ dy)ᵀ, whose long side is that of the output's rows: half the time of dyᵀ u in fp32.
+        dB = ((x @ A.to(x.dtype).t()).t() @ dy).t()
+        return [dA.to(A.dtype), self._scaled(dB, B.dtype).contiguous()]
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         A, B = tensors
