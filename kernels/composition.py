@@ -28,7 +28,7 @@ from rosa_fx.kernels.stack import Stack, pieces_of_region
 from rosa_fx.kernels.terms.base import Region, Term
 
 # Up to so many rows of x the weight is multiplied as it is decoded; beyond, a GEMM makes better use of the registers.
-FEW_ROWS = 32
+FEW_ROWS = 64
 # Elements of a decoded tile, and the least outputs in it: thinner GEMMs pack their other operand too often.
 _TILE = 1 << 23
 _TILE_OUTPUTS = 1024

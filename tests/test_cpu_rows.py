@@ -141,7 +141,7 @@ def test_tiles_few_rows_and_the_whole_weight_agree(
             with monkeypatch.context() as patch:
                 if how == "whole":
                     patch.setattr(composition, "_source", lambda *a: None)
-                patch.setattr(composition, "FEW_ROWS", 32 if how == "few" else 0)
+                patch.setattr(composition, "FEW_ROWS", 64 if how == "few" else 0)
                 patch.setattr(composition, "_TILE", 1)
                 patch.setattr(composition, "_TILE_OUTPUTS", 13)
                 y = ops.linear(x, bias, case.base, case.delta, layout.key)

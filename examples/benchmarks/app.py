@@ -49,10 +49,8 @@ def finish(measure: Callable[[], Part], out: Path, check: bool, tries: int, name
         common.start()
         part = measure()
         part.name = name or part.name
-        for row in part.rows:
-            console.print(escape("  ".join(str(value) for value in row.values())))
         for bar in part.bars:
-            console.print(escape(str(bar)), style="green" if bar.met else "red")
+            console.print(escape(str(bar)), style="green" if bar.met else "red", soft_wrap=True)
         common.write(part, out, common.command_line())
         still = {bar.what for bar in part.bars if not bar.met}
         missed = still if missed is None else missed & still

@@ -76,7 +76,7 @@ def run(name: str, dtype: str, tokens: tuple[int, int] = (4, 256)) -> Part:
         seconds = found[peer]
         seconds["compile"] = seconds["first"] - seconds["third"]
         shown = {key: round(value, 2) for key, value in seconds.items()}
-        part.rows.append({"peer": peer, "model": name, "dtype": dtype, "transform": ""} | shown)
+        part.add([{"peer": peer, "model": name, "dtype": dtype, "transform": ""} | shown])
     part.bars = [
         Bar(f"transform of {name}, s", found[model.QROSA]["transform"], 10.0),
         Bar(f"compilation of {name}: x PEFT LoRA", found[model.QROSA]["compile"] / found[model.LORA_COMPILED]["compile"], 1.3),

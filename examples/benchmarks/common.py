@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 import rosa_fx
@@ -56,6 +57,12 @@ class Part:
     bars: list[Bar] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     panels: dict[str, dict[str, list[tuple[Any, float]]]] = field(default_factory=dict)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep rows and show them at once: a long run that is stopped has not measured in vain."""
+        self.rows += rows
+        for row in rows:
+            console.print(escape("  ".join(str(value) for value in row.values())), soft_wrap=True)
 
 
 def start() -> None:
@@ -119,8 +126,12 @@ def rms(tensor: Tensor) -> float:
 
 
 def compare(what: str, exact: Tensor, ours: Tensor, plain: Tensor) -> None:
-    """Raise if ours is further from float64 than 1.1 times the plain computation in the same dtype."""
-    error, allowed = rms(ours.double() - exact), 1.1 * max(rms(plain.double() - exact), 2.0**-24 * rms(exact))
+    """Raise if ours is further from float64 than 1.1 times the plain computation in the same dtype.
+
+    In float32, where errors of few rows are a matter of the order of summation, 2 times.
+    """
+    factor = 2.0 if plain.dtype == torch.float32 else 1.1
+    error, allowed = rms(ours.double() - exact), factor * max(rms(plain.double() - exact), 2.0**-24 * rms(exact))
     if not error <= allowed:
         raise SystemExit(f"{what}: RMS error {error:.3e} against float64, {allowed:.3e} allowed; nothing is timed")
 

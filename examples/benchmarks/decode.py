@@ -56,7 +56,7 @@ def _one(part: Part, models: dict[str, Any], ours: nn.Module, x: Tensor, rounds:
         repeats *= 2
     seconds = common.interleaved({name: _repeat(model, x, repeats) for name, model in models.items()}, rounds)
     seconds = {name: [value / repeats for value in values] for name, values in seconds.items()}
-    part.rows += common.timing_rows(seconds, layer.QLORA, "x QLoRA", weight=shape, rows=len(x), dtype=kind)
+    part.add(common.timing_rows(seconds, layer.QLORA, "x QLoRA", weight=shape, rows=len(x), dtype=kind))
     where = f"{shape}, {len(x)} rows, {kind}"
     ratio = {name: common.quartiles(common.ratios(seconds, name, layer.QLORA))[0] for name in models}
     part.bars.append(Bar(f"{layer.RANDOM}, {where}: x {layer.QLORA}", ratio[layer.RANDOM], 1.0))

@@ -152,7 +152,7 @@ def _one(
     tflops = 4 * rows * outputs * inputs / floor / 1e12
     kind = str(dtype).removeprefix("torch.")
     columns = {"weight": f"{outputs}x{inputs}", "rows": rows, "dtype": kind, "floor TFLOP/s": round(tflops, 3)}
-    part.rows += common.timing_rows(seconds, FLOOR, "x floor", **columns)
+    part.add(common.timing_rows(seconds, FLOOR, "x floor", **columns))
     where = f"{columns['weight']}, {rows} rows, {kind}"
     short = rows < 1024
     for name, limit in (

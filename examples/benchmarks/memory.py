@@ -138,7 +138,7 @@ def run(
         for peer, values in found.items():
             row = {"model": name, "peer": peer, "loaded": values["loaded"], "kept": values["warm"] - values["loaded"]}
             row |= {"peak": over[peer], "step": values["peak"] - values["warm"]}
-            part.rows.append({key: value if isinstance(value, str) else round(value / 1e6, 1) for key, value in row.items()})
+            part.add([{key: value if isinstance(value, str) else round(value / 1e6, 1) for key, value in row.items()}])
         ours = found[model.QROSA]
         where = f"{name}, {dtype}"
         part.bars += [

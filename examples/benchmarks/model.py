@@ -142,7 +142,7 @@ def run(
             del base
             steps = {peer: training_step(model, data, peer == MASK) for peer, model in models.items()}
             seconds = common.interleaved(steps, rounds, warm_up=2)
-            part.rows += common.timing_rows(seconds, LORA, "x LoRA", model=name, dtype=kind)
+            part.add(common.timing_rows(seconds, LORA, "x LoRA", model=name, dtype=kind))
             where = f"{name}, {kind}"
 
             def ratio(of: str, to: str, seconds: dict[str, list[float]] = seconds) -> float:

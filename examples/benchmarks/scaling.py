@@ -78,6 +78,6 @@ def _point(
     # Two products with the weight; five thin ones; one multiply-add per row and entry.
     cost = 1 + 5 * rank * 2 / (4 * size) + density / 2
     columns |= {"resident MB": round(resident / 1e6, 2), "peak MB": round(allocated / 1e6, 2), "cost": round(cost, 3)}
-    part.rows += common.timing_rows(seconds, layer.FLOOR, "x floor", **columns)
+    part.add(common.timing_rows(seconds, layer.FLOOR, "x floor", **columns))
     milliseconds = {name: 1e3 * common.quartiles(times)[0] for name, times in seconds.items()}
     return {f"{name}, ms": milliseconds[name] for name in milliseconds} | {"peak, MB": math.ceil(allocated / 1e4) / 1e2}
