@@ -47,11 +47,11 @@ def finish(measure: Callable[[], Part], out: Path, check: bool, tries: int, name
     missed: set[str] | None = None
     for _ in range(tries if check else 1):
         common.start()
+        Part.keep = staticmethod(lambda part: common.write(part, out, common.command_line(), name))
         part = measure()
-        part.name = name or part.name
         for bar in part.bars:
             console.print(escape(str(bar)), style="green" if bar.met else "red", soft_wrap=True)
-        common.write(part, out, common.command_line())
+        common.write(part, out, common.command_line(), name)
         still = {bar.what for bar in part.bars if not bar.met}
         missed = still if missed is None else missed & still
         if not missed:

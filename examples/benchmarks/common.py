@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -57,12 +57,16 @@ class Part:
     bars: list[Bar] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     panels: dict[str, dict[str, list[tuple[Any, float]]]] = field(default_factory=dict)
+    keep: ClassVar[Callable[[Part], None] | None] = None
+    """Called after each addition."""
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Keep rows and show them at once: a long run that is stopped has not measured in vain."""
+        """Keep rows, show and write them at once: a long run that is stopped has not measured in vain."""
         self.rows += rows
         for row in rows:
             console.print(escape("  ".join(str(value) for value in row.values())), soft_wrap=True)
+        if self.keep is not None:
+            self.keep(self)
 
 
 def start() -> None:
@@ -182,11 +186,12 @@ def machine() -> list[str]:
     ]
 
 
-def write(part: Part, out: Path, command: str) -> None:
-    """<out>/<part>.csv, .md and .png."""
+def write(part: Part, out: Path, command: str, name: str = "") -> None:
+    """<out>/<name>.csv, .md and .png; the part's name if none is given."""
+    name = name or part.name
     out.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in part.rows for key in row))
-    with (out / f"{part.name}.csv").open("w", newline="", encoding="utf-8") as handle:
+    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, columns)
         writer.writeheader()
         writer.writerows(part.rows)
@@ -199,9 +204,9 @@ def write(part: Part, out: Path, command: str) -> None:
         for bar in part.bars:
             sign = "≥" if bar.at_least else "≤"
             lines.append(f"| {bar.what} | {bar.value:.3g} | {sign} {bar.limit:.3g} | {'met' if bar.met else '**missed**'} |")
-    (out / f"{part.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if part.panels:
-        _picture(part, out / f"{part.name}.png")
+        _picture(part, out / f"{name}.png")
 
 
 def _picture(part: Part, path: Path) -> None:
