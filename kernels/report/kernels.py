@@ -145,7 +145,7 @@ def _gradient(name: str, kind: str, product: str, nnz: int) -> Kernel:
         key = Layout((SIDE, SIDE), dtype, base_format("dense"), (term(kind),)).key
 
         def make() -> list[Tensor]:
-            factors = [torch.empty(TRAINING[0], SIDE, dtype=dtype, device="cuda") for _ in range(2)]
+            factors = [torch.empty(TRAINING, SIDE, dtype=dtype, device="cuda") for _ in range(2)]
             mask = [torch.empty(size, dtype=torch.int32, device="cuda") for size in (SIDE + 1, nnz)]
             if kind != "sparse":
                 return [*factors, torch.empty((), device="cuda").expand(SIDE, SIDE)]
@@ -153,7 +153,7 @@ def _gradient(name: str, kind: str, product: str, nnz: int) -> Kernel:
 
         return (lambda dy, x, *delta: ops.linear_grads(dy, x, list(delta), key)[0]), make
 
-    return Kernel(name, "training", graph, product, nullcontext, packed=("DY", "X"), rows=TRAINING[0])
+    return Kernel(name, "training", graph, product, nullcontext, packed=("DY", "X"), rows=TRAINING)
 
 
 _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
