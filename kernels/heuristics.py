@@ -117,11 +117,12 @@ def fits(product: Product, tiles: Tiles) -> bool:
     """Whether the tiles fit shared memory, and the float32 accumulator its share of the 255 registers of a thread.
 
     That is a half, and a quarter where a long step's weights are decoded and every warp holds the operands of its own products
-    too (before sm_90), or where operands are float32: larger tiles were seen to spill.
+    too (before sm_90), where operands are float32, or where a sparse part is gathered: larger tiles were seen to spill.
     """
     accumulator = tiles.block_m * tiles.block_out // (32 * tiles.warps)
     short = product.kind == "dense" or product.capability >= (9, 0) or tiles.block_sum <= 32
-    most = 128 if short and product.dtype.itemsize == 2 else 64
+    gathers = product.nnz > 0 and product.rows > DECODE_ROWS
+    most = 128 if short and not gathers and product.dtype.itemsize == 2 else 64
     return shared_bytes(product, tiles) <= shared_limit(product.capability) and accumulator <= most
 
 
@@ -150,7 +151,7 @@ _PROGRAMS = 128
 # Many rows: a decoded weight is multiplied by as many rows as registers hold sums of.
 _WIDE = (
     Tiles(256, 128, 64, 8, 3),
-    Tiles(256, 64, 64, 4, 3),
+    Tiles(256, 64, 64, 8, 3),
 )
 _WIDE_BEFORE_HOPPER = (
     Tiles(256, 128, 32, 8, 4),
