@@ -73,6 +73,9 @@ def _point(
     seconds = common.interleaved(
         {layer.FLOOR: layer.step(lambda x: F.linear(x, frozen), x, dy, []), layer.RANDOM: ours}, rounds
     )
+    # What the last step left must not be freed inside the count.
+    for leaf in (x, *model.parameters()):
+        leaf.grad = None
     allocated = peak(ours)
     columns: dict[str, Any] = {"varied": varied, "size": size, "rows": rows, "density": density, "rank": rank}
     # Two products with the weight; five thin ones; one multiply-add per row and entry.
