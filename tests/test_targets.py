@@ -209,7 +209,9 @@ def language_model(head: str = "to_vocabulary", size: int = 50) -> nn.Module:
 
 
 @pytest.mark.parametrize("wrap", [0, 2])
-@pytest.mark.parametrize("model", [language_model(), language_model("lm_head", 64), language_model("score", 2)], ids=id)
+@pytest.mark.parametrize(
+    "model", [language_model(), language_model("lm_head", 64), language_model("score", 2)], ids=["own name", "lm_head", "score"]
+)
 def test_head_is_left_out(model: nn.Module, wrap: int) -> None:
     prefix = ""
     for _ in range(wrap):
