@@ -33,6 +33,12 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def _own(out: Tensor) -> Tensor:
+    """The same values as a tensor that autograd does not take for a view: it forbids changing a view in place (`y += b`)."""
+    owned: Tensor = torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
+    return owned
+
+
 @torch.library.custom_op("rosa_fx::materialize", mutates_args=())
 def materialize(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
     return definition.materialize(base, delta, Layout.parse(layout))
@@ -40,12 +46,12 @@ def materialize(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
 
 @torch.library.custom_op("rosa_fx::linear", mutates_args=())
 def linear(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return definition.linear(x, bias, base, delta, Layout.parse(layout))
+    return _own(definition.linear(x, bias, base, delta, Layout.parse(layout)))
 
 
 @torch.library.custom_op("rosa_fx::linear_t", mutates_args=())
 def linear_t(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return definition.linear_t(x, bias, base, delta, Layout.parse(layout))
+    return _own(definition.linear_t(x, bias, base, delta, Layout.parse(layout)))
 
 
 @torch.library.custom_op("rosa_fx::linear_grads", mutates_args=())
@@ -75,12 +81,12 @@ def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
 
 @linear.register_kernel(DEVICES)
 def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return product(x, bias, base, delta, Layout.parse(layout), transposed=False)
+    return _own(product(x, bias, base, delta, Layout.parse(layout), transposed=False))
 
 
 @linear_t.register_kernel(DEVICES)
 def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
-    return product(x, bias, base, delta, Layout.parse(layout), transposed=True)
+    return _own(product(x, bias, base, delta, Layout.parse(layout), transposed=True))
 
 
 @linear_grads.register_kernel(DEVICES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import rosa_fx
 from rosa_fx.coverage_models import tensors, tiny_model
+from rosa_fx.coverage_others import other_model
 from rosa_fx.passes.report import GraphReport
 from rosa_fx.report import compilations, target_reports
 from rosa_fx.state import state_of
@@ -21,11 +23,21 @@ TOLERANCE = 2.0**-12
 
 
 def check(model_type: str, class_name: str) -> dict[str, Any]:
-    """The row of one architecture, as JSON values. `error` names the stage and the exception where something failed."""
+    """The row of one architecture of transformers, as JSON values. `error` names the exception where a stage failed."""
+    return check_model(class_name, lambda: tiny_model(model_type, class_name))
+
+
+def check_other(name: str, class_name: str) -> dict[str, Any]:
+    """The row of a model of `coverage_others`, as `check`."""
+    return check_model(class_name, lambda: other_model(name))
+
+
+def check_model(class_name: str, build: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> dict[str, Any]:
+    """The row of what `build` returns: a model in eval mode and its inputs by name."""
     start = time.perf_counter()
     row: dict[str, Any] = {"stage": "build", "class": class_name}
     try:
-        model, inputs = tiny_model(model_type, class_name)
+        model, inputs = build()
         row["inputs"] = sorted(name for name, value in inputs.items() if isinstance(value, Tensor))
         row["parameters"] = sum(p.numel() for p in model.parameters())
         _check(model, inputs, row)

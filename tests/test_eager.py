@@ -273,3 +273,26 @@ def test_one_warning_says_what_compiling_saves(monkeypatch: pytest.MonkeyPatch) 
         seen.clear()
         torch.compile(model, backend="aot_eager", fullgraph=True)(x).sum().backward()
         assert not [w for w in seen if w.category is rosa_fx.EagerTrainingWarning]
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_may_be_changed_in_place(shape: tuple[int, ...], transposed: bool) -> None:
+    def model(scale_in_place: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = prepared((lambda x, w: x @ w) if transposed else F.linear, (8, 8))
+        x = torch.linspace(-1, 1, 120)[: torch.Size(shape).numel()].reshape(shape).requires_grad_()
+        y = layer(x)
+        assert not y._is_view()
+        if scale_in_place:
+            y *= 2
+            F.relu(y, inplace=True)
+        else:
+            y = F.relu(y * 2)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    changed, copied = model(True), model(False)
+    assert len(changed) > 4
+    assert all(torch.equal(a, b) for a, b in zip(changed, copied, strict=True))
