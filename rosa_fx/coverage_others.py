@@ -76,7 +76,13 @@ def _conformer() -> tuple[nn.Module, dict[str, Any]]:
 
 def _ft_transformer() -> tuple[nn.Module, dict[str, Any]]:
     m: Any = import_module("rtdl_revisiting_models")
-    sizes = {"d_block": 32, "attention_n_heads": 4, "attention_dropout": 0.0, "ffn_d_hidden": 64, "ffn_dropout": 0.0}
+    sizes = {
+        "d_block": 32,
+        "attention_n_heads": 4,
+        "attention_dropout": 0.0,
+        "ffn_d_hidden_multiplier": 2.0,
+        "ffn_dropout": 0.0,
+    }
     model = m.FTTransformer(n_cont_features=6, cat_cardinalities=[4, 7], d_out=2, n_blocks=2, residual_dropout=0.0, **sizes)
     return model, {"x_cont": torch.randn(3, 6), "x_cat": torch.randint(0, 4, (3, 2))}
 
@@ -129,10 +135,10 @@ def _linear_attention() -> tuple[nn.Module, dict[str, Any]]:
     return model, {"x": _tokens()}
 
 
-def _vit_pytorch() -> tuple[nn.Module, dict[str, Any]]:
-    m: Any = import_module("vit_pytorch.simple_vit")
-    model = m.SimpleViT(image_size=32, patch_size=8, num_classes=10, dim=32, depth=2, heads=4, mlp_dim=64, dim_head=8)
-    return model, {"img": torch.randn(2, 3, 32, 32)}
+def _itransformer() -> tuple[nn.Module, dict[str, Any]]:
+    m: Any = import_module("iTransformer")
+    model = m.iTransformer(num_variates=5, lookback_len=16, depth=2, dim=32, pred_length=8, dim_head=8, heads=4)
+    return model, {"x": torch.randn(2, 16, 5)}
 
 
 # Name of the row: (family, library as the package index calls it, class, how to build it).
@@ -143,7 +149,7 @@ OTHERS: dict[str, tuple[str, str, str, Build]] = {
     "xlstm": ("recurrent", "xlstm", "xLSTMBlockStack", _xlstm),
     "perceiver": ("perceiver", "perceiver-pytorch", "Perceiver", _perceiver),
     "mixer": ("vision", "mlp-mixer-pytorch", "MLPMixer", _mixer),
-    "vit": ("vision", "vit-pytorch", "SimpleViT", _vit_pytorch),
+    "itransformer": ("time series", "iTransformer", "iTransformer", _itransformer),
     "monai-vit": ("vision", "monai", "ViT", _monai_vit),
     "graph-transformer": ("graph", "graph-transformer-pytorch", "GraphTransformer", _graph_transformer),
     "geometric": ("graph", "torch_geometric", "TransformerConv", _geometric),

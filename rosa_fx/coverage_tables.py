@@ -92,6 +92,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "n_mamba_heads": 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
     "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "d_model": 32,
         "n_heads": 4,
         "n_layers": 2,
@@ -114,4 +115,8 @@ FIXES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"num_mel_bins": 32, "max_length": 64, "patch_size": 16},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
     "convbert": {"num_groups": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "poolformer": {"num_encoder_blocks": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
 }

@@ -275,13 +275,13 @@ def test_one_warning_says_what_compiling_saves(monkeypatch: pytest.MonkeyPatch) 
         assert not [w for w in seen if w.category is rosa_fx.EagerTrainingWarning]
 
 
-@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8)])
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_may_be_changed_in_place(shape: tuple[int, ...], transposed: bool) -> None:
     def model(scale_in_place: bool) -> list[Tensor]:
         torch.manual_seed(0)
-        layer = prepared((lambda x, w: x @ w) if transposed else F.linear, (8, 8))
-        x = torch.linspace(-1, 1, 120)[: torch.Size(shape).numel()].reshape(shape).requires_grad_()
+        layer = prepared((lambda x, w, b: x @ w) if transposed else F.linear, (32, 32))
+        x = torch.linspace(-1, 1, 192)[: torch.Size(shape).numel()].reshape(shape).requires_grad_()
         y = layer(x)
         assert not y._is_view()
         if scale_in_place:
