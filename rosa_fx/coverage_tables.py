@@ -100,7 +100,7 @@ FIXES: dict[str, dict[str, Any]] = {
     },
     "ctrl": {"dff": 64},
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 3},
-    "perceiver": {"d_latents": 32, "d_model": 32, "num_latents": 8},
+    "perceiver": {"num_self_attends_per_block": 2, "d_latents": 32, "d_model": 32, "num_latents": 8},
     "nemotron_h": {"n_groups": 1},
     "zamba2": {
         "mamba_headdim": 16,
