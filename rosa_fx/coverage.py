@@ -152,6 +152,8 @@ def _note(row: Row) -> str:
     if row["stage"] != "done":
         return _cell(f"{row['stage']}: {row.get('error', '')}", 160)
     notes = list(dict.fromkeys(reason for _, _, reason in row["reasons"]))
+    if not row["fused"] and row.get("breaks_bare"):
+        notes.append("no target is in a captured graph: a graph break of the bare model leaves its forward pass in eager mode")
     if names := row.get("unused_names"):
         notes.append(f"unused: {', '.join(names[:2])}{', …' if len(names) > 2 else ''}")
     return _cell("; ".join(notes), 160)
