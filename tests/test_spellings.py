@@ -98,8 +98,7 @@ def test_spelling_is_fused_forward_and_backward(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_model_runs_the_operators_in_the_dtype_of_the_activation(dtype: torch.dtype) -> None:
-    """Bit for bit what the operators give; their own error is measured in `test_op_budget.py`."""
+def test_low_precision_model_under_an_error_budget(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = prepared(lambda x, w, b: F.linear(x, w, b), (32, 24)).to(dtype)
     term = rosa_fx.adapter(model, "weight").float()  # the adapter stays wide over a narrow model
@@ -107,16 +106,11 @@ def test_low_precision_model_runs_the_operators_in_the_dtype_of_the_activation(d
     term.refresh()
     x = torch.randn(5, 24).to(dtype)
     call, reports = rewritten(model, fullgraph=True)
-    y, dx, *grads = run(call, model, x)
+    actual = run(call, model, x)
     assert reports[0].counts == {"linear": 1, "linear_t": 1, "linear_grads": 1, "dense": 0}
-    torch.manual_seed(7)
-    dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
-    base, delta = term.base.tensors(), term.delta_tensors()
-    assert torch.equal(y, torch.ops.rosa_fx.linear(x, model.bias, base, delta, term.layout_key))
-    assert torch.equal(dx, torch.ops.rosa_fx.linear_t(dy, None, base, delta, term.layout_key))
-    expected = torch.ops.rosa_fx.linear_grads(dy, x, delta, term.layout_key)
-    assert [g.dtype for g in grads] == [torch.float32] * 3
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected))
+    assert [each.dtype for each in actual] == [dtype, dtype] + [torch.float32] * 3
+    narrow = [each if each.dtype == dtype else each.to(dtype) for each in actual]
+    assert_budget(narrow, exact(model, x, dtype), exact(model, x, torch.float64), factor=1.1)
 
 
 # Consumers that are no product: spelling -> what the reason must name.
