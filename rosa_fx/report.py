@@ -164,7 +164,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
         for key, number in graph.counts.items():
             counts[key] = counts.get(key, 0) + number
     return RewriteReport(
-        targets=target_reports(state, graphs),
+        targets=target_reports(state, graphs, broken=counted["graph_breaks"] > 0),
         graph_breaks=counted["graph_breaks"],
         recompiles=counted["recompiles"],
         counts=counts,
@@ -173,19 +173,23 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
     )
 
 
-def target_reports(state: RosaState, graphs: Sequence[GraphReport]) -> tuple[TargetReport, ...]:
-    """What became of every target in these graphs. The FLOPs are those of graphs that were rewritten with `work`."""
-    return tuple(_target(name, state, graphs) for name in state.weights)
+def target_reports(state: RosaState, graphs: Sequence[GraphReport], *, broken: bool = False) -> tuple[TargetReport, ...]:
+    """What became of every target in these graphs. The FLOPs are those of graphs that were rewritten with `work`.
+
+    `broken`: capture broke off somewhere, so that parts of the model may have run without a graph.
+    """
+    unread = "in no captured graph: not read in this call, or read where a graph break left it to eager mode"
+    return tuple(_target(name, state, graphs, unread if broken else "not read in this call") for name in state.weights)
 
 
-def _target(name: str, state: RosaState, graphs: Sequence[GraphReport]) -> TargetReport:
+def _target(name: str, state: RosaState, graphs: Sequence[GraphReport], unread: str) -> TargetReport:
     weight, target = state.weights[name], state.targets[name]
     aliases = {name, *weight.paths}  # a shared module or weight is met under several paths
     uses = [use for graph in graphs for key, use in graph.uses.items() if _means(key, aliases, state)]
     reasons = list(dict.fromkeys(reason for use in uses for reason in use.dense))
     products, gradients = sum(use.products for use in uses), sum(use.gradients for use in uses)
     if not uses:
-        status, reasons = "unused", ["not read in this call"]
+        status, reasons = "unused", [unread]
     elif reasons:
         status = "dense"
     else:

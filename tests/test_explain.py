@@ -95,6 +95,17 @@ def test_unused_weights_say_so() -> None:
     assert (idle.status, idle.reason, idle.source, idle.flops_after) == ("unused", "not read in this call", "", 0)
 
 
+def test_weights_read_beside_the_graphs_are_not_called_unread() -> None:
+    model = nn.ModuleDict({"inside": nn.Linear(8, 8), "beside": nn.Linear(8, 8)})
+    beside = torch.compiler.disable(lambda x: model["beside"](x))
+    model.forward = lambda x: beside(model["inside"](x))  # type: ignore[method-assign]
+    rosa_fx.transform(model, rosa_fx.RosaSpec(rank=2, density=0.1))
+    report = rosa_fx.explain(model, torch.randn(3, 8))
+    assert [target.status for target in report.targets] == ["fused", "unused"]
+    assert report.graph_breaks == 1
+    assert "where a graph break left it to eager mode" in report.targets[1].reason
+
+
 # --- weights left alone ----------------------------------------------------------------------------------------------
 
 
