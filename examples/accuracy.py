@@ -1,6 +1,7 @@
 """Does RoSA's claim hold with this code? Every figure of docs/accuracy.md comes from the commands here.
 
 python examples/accuracy.py known-answer       recover a known low-rank + sparse update
+python examples/accuracy.py task --data F      fine-tune a real model on chats, all methods at equal budgets
 python examples/accuracy.py report             docs/accuracy.md and its pictures from the results so far
 
 A command that is interrupted goes on where it stopped: each finished run is one line of a JSONL file.
@@ -15,9 +16,10 @@ from typing import Annotated
 
 import torch
 import typer
-from accuracy_study import known_answer
+from accuracy_study import grid, known_answer
 from accuracy_study.report import write_report
 from accuracy_study.results import Results
+from accuracy_study.task import Bench, Setting
 from rich.progress import track
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -45,6 +47,41 @@ def run_known_answer(
         started = time.perf_counter()
         values = known_answer.run(known_answer.Problem(**key["problem"]), key["method"])
         results.add(key, values | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+@app.command()
+def task(
+    data: Annotated[Path, typer.Option(help="JSONL rows of messages; the last rows are held out.")],
+    out: Out = DEFAULT_OUT,
+    model: Annotated[str, typer.Option(help="A directory, a .gguf file, a hub name or smollm2-135m.")] = "smollm2-135m",
+    method: Annotated[list[str] | None, typer.Option(help="Methods; all by default.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="small, large; both by default.")] = None,
+    base: Annotated[list[str] | None, typer.Option(help="keep, nf4, ...; keep and nf4 by default.")] = None,
+    train_rows: Annotated[int, typer.Option(help="Rows to train on.")] = 700,
+    held_rows: Annotated[int, typer.Option(help="Rows to judge on.")] = 100,
+    batch: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds at the best learning rate.")] = 3,
+    limit: Annotated[int | None, typer.Option(help="Runs to make now.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the blocks of the model.")] = True,
+) -> None:
+    """Fine-tune with every method, learning rates first, then more seeds at the best of them."""
+    setting = Setting(data.name, train_rows, held_rows, batch, epochs)
+    results = Results(out / "task.jsonl")
+    wanted = grid.cells(method or (), budget or tuple(grid.BUDGETS), base or ("keep", "nf4"))
+    bench = Bench(setting, data, model)
+    made = 0
+    while limit is None or made < limit:
+        key = next(grid.next_runs(results, wanted, seeds, bench.identity), None)
+        if key is None:
+            break
+        started = time.perf_counter()
+        values = bench.run(key, compile=compile)
+        results.add(key, values | {"seconds": round(time.perf_counter() - started, 1)})
+        typer.echo(
+            f"{key['method']}, {key['budget']}, {key['base']}, lr {key['lr']:g}, seed {key['seed']}: {values['loss']:.4f}"
+        )
+        made += 1
 
 
 @app.command()

@@ -75,10 +75,7 @@ def set_random_masks(model: nn.Module, seed: int) -> None:
         assert weight.sparse is not None
         rows, columns = weight.shape[-2:]
         count = weight.sparse.values.numel()
-        if count == rows * columns:
-            flat = torch.arange(count)
-        else:
-            flat = torch.randperm(rows * columns, generator=generator)[:count]
+        flat = torch.arange(count) if count == rows * columns else torch.randperm(rows * columns, generator=generator)[:count]
         found[name] = rosa_fx.Mask.from_indices(flat // columns, flat % columns, (rows, columns))
     rosa_fx.set_masks(model, found)
 

@@ -18,12 +18,12 @@ Made by `python examples/accuracy.py report` from the results beside it, which t
 
 KNOWN_ANSWER = """## A known answer
 
-`python examples/accuracy.py known-answer`: a teacher differs from the student's start by L + S, L of low rank and S sparse, of equal
-norm. All methods train as many parameters as L + S has degrees of freedom, with the same number of learning rates tried and
-the same number of steps. Middle case: rank 4, nnz half of `rank · (N + K)`, equal singular values, no noise; a linear layer of 128 × 128 or
-two transformer blocks of width 32 (every linear weight updated). Below, the error after 512 samples, mean and 95 % interval over
-{seeds} teachers: of the weights for the linear layer, of the outputs for the transformer, whose weights are not determined
-by its outputs.
+`python examples/accuracy.py known-answer`: a teacher differs from the student's start by L + S, L of low rank and S sparse, of
+equal norm. All methods train as many parameters as L + S has degrees of freedom, with the same number of learning rates
+tried and the same number of steps. Middle case: rank 4, nnz half of `rank · (N + K)`, equal singular values, no noise; a
+linear layer of 128 × 128, or two transformer blocks of width 32 with every linear weight updated. Below, the error after 512
+samples, mean and 95 % interval over {seeds} teachers: of the weights for the linear layer, of the outputs for the
+transformer, whose weights are not determined by its outputs.
 
 ![curves over samples](known_answer.png)
 """

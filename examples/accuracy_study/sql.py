@@ -22,7 +22,7 @@ def normalise(query: str) -> str:
 def same_answers(schema: str, expected: str, found: str) -> bool | None:
     """Whether both queries answer alike on several made-up contents of the tables in `schema`.
 
-    None if the expected query does not run on that schema, or answers nothing on every content (then equal answers mean nothing).
+    None if the expected query does not run on that schema, or answers nothing on any content: equal answers then mean nothing.
     """
     informative = False
     for seed in range(TABLES_TRIED):

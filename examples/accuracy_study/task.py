@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ class Setting:
 class Bench:
     """The model and the data, loaded once; every run starts from a copy of the model."""
 
-    def __init__(self, setting: Setting, model: str) -> None:
+    def __init__(self, setting: Setting, data: Path, model: str) -> None:
         self.setting = setting
+        self.identity = {"model": model, **asdict(setting)}
         self.plain, self.tokenizer = load_model(model)
-        rows = read_jsonl(setting.data)
+        rows = read_jsonl(data)
         if len(rows) < setting.train_rows + setting.held_rows:
-            raise SystemExit(f"{setting.data} has {len(rows)} rows, {setting.train_rows + setting.held_rows} are asked for")
+            raise SystemExit(f"{data} has {len(rows)} rows, {setting.train_rows + setting.held_rows} are asked for")
         self.held_rows = rows[-setting.held_rows :]
         train = encode_rows(rows[: setting.train_rows], self.tokenizer, setting.max_length)
         held = encode_rows(self.held_rows, self.tokenizer, setting.max_length)
@@ -90,7 +92,7 @@ class Bench:
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Exact match of normalised greedy answers, and equal answers in sqlite where that says anything."""
         merged = rosa_fx.merge(model)
-        answers = generate(merged, self.tokenizer, [row for row in self.held_rows], self.pad)
+        answers = generate(merged, self.tokenizer, list(self.held_rows), self.pad)
         exact, executed = [], []
         for row, answer in zip(self.held_rows, answers):
             expected = row.messages[-1]["content"]

@@ -1,0 +1,72 @@
+"""Which runs a study makes, in which order: learning rates first, then more seeds at the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accuracy_study.methods import BUDGETS, METHODS
+from accuracy_study.results import Results, Row
+
+LEARNING_RATES: dict[str, tuple[float, ...]] = {
+    # The same number of trials for each. An entry of W moves by about the rate per step, an entry of B A by far less.
+    "full": (5e-6, 2e-5, 8e-5),
+    "low-rank": (3e-4, 1e-3, 3e-3),
+    "sparse": (3e-5, 1e-4, 3e-4),
+    "rosa": (3e-4, 1e-3, 3e-3),
+}
+SPARSE_SHARE = 0.3
+"""The sparse values' rate over the low-rank factors', near the paper's 2e-4 over 7e-4 (arXiv 2401.04679, appendix)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a method at a budget over a base, and what of the recipe is changed."""
+
+    method: str
+    budget: str
+    base: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def key(self, lr: float, seed: int, setting: Row) -> Row:
+        share = SPARSE_SHARE if self.method.startswith("rosa") else 1.0
+        key: Row = {"method": self.method, "budget": self.budget, "base": self.base, "lr": lr, "seed": seed}
+        return {**key, "setting": setting, "sparse_share": share, **({"spec": dict(self.changes)} if self.changes else {})}
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        return next(rates for name, rates in LEARNING_RATES.items() if self.method.startswith(name))
+
+
+def cells(methods: Sequence[str], budgets: Sequence[str], bases: Sequence[str]) -> list[Cell]:
+    """Full fine-tuning has no budget and no quantised base of its own kind: it is run once per base."""
+    names = methods or [method.name for method in METHODS]
+    unknown = {*names} - {method.name for method in METHODS} | {*budgets} - BUDGETS.keys()
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; methods: {', '.join(m.name for m in METHODS)}")
+    return [
+        Cell(name, budget, base)
+        for base in bases
+        for budget in budgets
+        for name in names
+        if name != "full" or budget == budgets[0]
+    ]
+
+
+def next_runs(results: Results, wanted: Sequence[Cell], seeds: int, setting: Row) -> Iterator[Row]:
+    """Runs that are still to be made, given those that are done; call again when they are."""
+    for cell in wanted:
+        yield from results.missing(cell.key(lr, 0, setting) for lr in cell.learning_rates)
+    for cell in wanted:
+        rate = best_rate(results, cell, setting)
+        if rate is not None:
+            yield from results.missing(cell.key(rate, seed, setting) for seed in range(1, seeds))
+
+
+def best_rate(results: Results, cell: Cell, setting: Row) -> float | None:
+    """The learning rate of least held-out loss with seed 0; None until all have been tried."""
+    tried = [row for row in results.rows if row["key"] in [cell.key(lr, 0, setting) for lr in cell.learning_rates]]
+    if len(tried) < len(cell.learning_rates):
+        return None
+    return float(min(tried, key=lambda row: row["loss"])["key"]["lr"])
