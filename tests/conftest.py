@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parent))
 pytest.register_assert_rewrite(
     "adapter_models",
     "captured_models",
+    "chat_models",
     "reference_rosa",
     "rewritten_models",
     "target_models",

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from chat_models import save_chat_model
 from rewritten_models import FLOAT32, assert_budget
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import rosa_fx
@@ -29,29 +29,13 @@ from rosa_fx.cli.demo import choose_out
 from rosa_fx.data import docstring_rows
 from rosa_fx.errors import RosaError
 
-TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 TINY = ["--rank", "2", "--density", "0.05", "--dtype", "float32", "--device", "cpu", "--no-download"]
 QUICK = [*TINY, "--no-compile", "--max-steps", "4", "--schedule", "wl1", "--batch", "2", "--max-length", "64"]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with random weights whose tokenizer has one token per byte."""
-    folder = tmp_path_factory.mktemp("model")
-    tokens = ["<|start|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.add_special_tokens(tokens[:2])
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), eos_token_id=1, **sizes)).save_pretrained(folder)
-    return folder
+    return save_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
