@@ -58,6 +58,9 @@ class WeightEntry:
         """The entry that `dataclasses.asdict` gave. RosaError, beginning with `where`, if it is none."""
         types = {"shape": list, "matrices": list, "rank": int, "nnz": int, "base": dict, "dtype": str, "has_mask": bool}
         types["fingerprint"] = str | type(None)  # type: ignore[assignment]
+        if isinstance(value, dict) and isinstance(value.get("shape"), list) and len(value["shape"]) == 2:
+            # Files of before there were stacks do not say it.
+            value = {"matrices": [1, *value["shape"]], **value}
         if not isinstance(value, dict) or value.keys() != types.keys():
             raise RosaError(f"{where} must have the fields {', '.join(types)}, got {value!r}")
         for name, expected in types.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import K, N, assert_refused, plain, spec_of, trained
+from adapter_models import K, N, assert_refused, inputs, plain, spec_of, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -206,3 +206,10 @@ def test_refusals_of_save(tmp_path: Path) -> None:
 def test_entry_fields_are_those_checked() -> None:
     names = {field.name for field in dataclasses.fields(adapter_format.WeightEntry)}
     assert names == {"shape", "matrices", "rank", "nnz", "base", "dtype", "has_mask", "fingerprint"}
+
+
+def test_files_of_before_there_were_stacks_load(tmp_path: Path) -> None:
+    model = trained()
+    rosa_fx.save_adapter(model, tmp_path / "a")
+    edit_config(tmp_path / "a", lambda config: [entry.pop("matrices") for entry in config["weights"].values()])
+    assert torch.equal(rosa_fx.load_adapter(plain(), tmp_path / "a")(inputs()), model(inputs()))
