@@ -31,6 +31,13 @@ pytest.register_assert_rewrite(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_earlier_breaks() -> None:
+    """Dynamo counts graph breaks for the whole process; a test looks at its own."""
+    if "torch._dynamo.utils" in sys.modules:
+        sys.modules["torch._dynamo.utils"].counters["graph_break"].clear()
+
+
 @dataclass
 class Case:
     """A rewritten weight with random operands. `names` are those of `delta`."""
