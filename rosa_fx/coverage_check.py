@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rosa_fx.coverage_others import other_model
 from rosa_fx.passes.report import GraphReport
 from rosa_fx.report import compilations, target_reports
 from rosa_fx.state import state_of
+from rosa_fx.targets import select_targets
 
 RANK, DENSITY = 2, 0.05
 # Float32 through a few layers, summed in another order: relative to the norm of all outputs, or of all gradients.
@@ -50,11 +51,11 @@ def check_model(class_name: str, build: Callable[[], tuple[nn.Module, dict[str, 
 
 def _check(model: nn.Module, inputs: dict[str, Any], row: dict[str, Any]) -> None:
     row["stage"] = "bare"
-    row["breaks_bare"] = bare_breaks(model, inputs)
+    spec = rosa_fx.RosaSpec(rank=RANK, alpha=2.0 * RANK, density=DENSITY, base="nf4")
+    row["breaks_bare"] = bare_breaks(model, inputs, {target.name for target in select_targets(model, spec)})
     convolutions = {id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters()}
     stacked = {name for name, p in model.named_parameters() if p.dim() == 3 and id(p) not in convolutions}
     row["stage"] = "transform"
-    spec = rosa_fx.RosaSpec(rank=RANK, alpha=2.0 * RANK, density=DENSITY, base="nf4")
     rosa_fx.transform(model, spec)
     row["stacked"] = len(stacked - state_of(model).targets.keys())
     fill(model)
@@ -100,13 +101,21 @@ def fill(model: nn.Module) -> None:
             nn.init.normal_(weight.sparse.values, std=0.05)
 
 
-def bare_breaks(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """Graph breaks of the model as it is."""
+def bare_breaks(model: nn.Module, inputs: dict[str, Any], trained: Collection[str]) -> int:
+    """Graph breaks of the model as it is, with the parameters of these names alone requiring gradients.
+
+    What requires gradients decides how often a part of the model is captured, and each capture counts its breaks again.
+    """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     before = sum(counters["graph_break"].values())
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
     torch.compile(model, backend="eager")(**inputs)
+    for parameter, needed in required.items():
+        parameter.requires_grad_(needed)
     return sum(counters["graph_break"].values()) - before
 
 
