@@ -23,6 +23,7 @@ pytest.register_assert_rewrite(
     "adapter_models",
     "captured_models",
     "chat_models",
+    "interpreter",
     "reference_rosa",
     "rewritten_models",
     "target_models",
