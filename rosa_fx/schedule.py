@@ -54,11 +54,11 @@ class Collector:
         calls, rows, cols = CollectTopK.decode(encoded)
         self.overlapping |= calls != 1
         if not self.overlapping:
-            self._refuse_nan(cols)
+            self._refuse_not_finite(cols)
             self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
 
     def finish(self) -> Mask:
-        """The mask. Raises RosaError, naming the weight, for NaN gradients and for gradients that cannot be told apart."""
+        """The mask. Raises RosaError, naming the weight, for gradients that are not finite and for gradients that cannot be told apart."""
         expected = 1 if self.single else self.limit
         if self.overlapping or (expected is not None and self.count > expected):
             raise RosaError(
@@ -75,15 +75,24 @@ class Collector:
 
     def _select(self, score: Tensor) -> Mask:
         row_offsets, cols = select_topk(score, self.nnz)
-        self._refuse_nan(cols)
+        self._refuse_not_finite(cols)
         return Mask(row_offsets, cols, self.weight.matrix)
 
-    def _refuse_nan(self, cols: Tensor) -> None:
+    def largest(self) -> Tensor | None:
+        """The largest size in the sum so far, a scalar on its device: NaN or infinite if anything in it is. None without a sum."""
+        return None if self.total is None or not self.total.numel() else torch.linalg.vector_norm(self.total, float("inf"))
+
+    def not_finite(self) -> NonFiniteError:
+        """The error that says that this weight's gradient cannot be used."""
+        squares = " or a square beyond float32" if self.mode == "mean_squared" and not self.single else ""
+        return NonFiniteError(
+            f"{self.name}: its gradient holds NaN or infinity{squares}, so no mask can be chosen from it; check the batch and the "
+            "loss of this step, or lower the learning rate of the warm-up"
+        )
+
+    def _refuse_not_finite(self, cols: Tensor) -> None:
         if self.nnz and int(cols.min()) < 0:
-            raise NonFiniteError(
-                f"{self.name}: its gradient holds NaN, so no mask can be chosen from it; check the batch and the loss of this "
-                "step, or lower the learning rate of the warm-up"
-            )
+            raise self.not_finite()
 
 
 def parse_schedule(schedule: str, has_low_rank: bool, has_sparse: bool) -> tuple[int | None, int | None]:
@@ -106,7 +115,7 @@ class MaskSchedule:
     `wl{n}`: low-rank only for n steps; then `num_grads` steps that also collect gradients; masks are made in the `end_step()`
     of the last of them, and from the next step low-rank and sparse train together. `spa_only` collects first and trains the
     sparse part alone; `lora_only` never collects. Where all masks are set already, nothing is collected; a weight whose mask
-    is set keeps it in any case. If the first collecting step fails (a NaN gradient), it may be done again from `begin_step()`.
+    is set keeps it in any case. If the first collecting step fails (a gradient that is not finite), it may be done again from `begin_step()`.
 
     Each backward call counts as one gradient (micro-batches square separately, as in the reference). With one backward
     call in all, at most one layer's dense gradient exists at a time; otherwise one float32 sum per rewritten weight is kept
@@ -123,8 +132,8 @@ class MaskSchedule:
         can_skip: allow `skip_step`. With `num_grads` above 1 the sums are then kept twice during later collecting steps.
 
     Raises:
-        RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a NaN gradient,
-            from `backward()` or `end_step()`; more backward calls than declared, from `end_step()`. No mask is set then.
+        RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a gradient with NaN or
+            infinity, from `backward()` or `end_step()`; more backward calls than declared, from `end_step()`. No mask is set then.
     """
 
     def __init__(
@@ -201,8 +210,10 @@ class MaskSchedule:
         self.restarted = False
         self._stop_counting()
         collecting = self.phase == "collect"
-        # Before the step counts: if a gradient was NaN, nothing has changed yet.
+        # Before the step counts: if a gradient was not finite, nothing has changed yet.
         masks = self._make_masks() if collecting and self._last_collecting() else None
+        if collecting and masks is None:
+            self.check_collected()
         self.step += 1
         if masks is not None:
             for name, mask in masks.items():
@@ -218,9 +229,13 @@ class MaskSchedule:
 
     def check_collected(self) -> None:
         """While collecting, after backward: raises NonFiniteError, naming the weight, if a sum holds NaN or infinity."""
-        for name, collector in self._collectors.items():
-            if collector.total is not None and not bool(collector.total.isfinite().all()):
-                raise NonFiniteError(f"the gradient collected for {name} is not finite")
+        sizes = [(collector, size) for collector in self._collectors.values() if (size := collector.largest()) is not None]
+        if sizes:
+            # One wait for the device, whatever the number of weights.
+            finite = torch.stack([size.to(sizes[0][1].device) for _, size in sizes]).isfinite().tolist()
+            for (collector, _), good in zip(sizes, finite, strict=True):
+                if not good:
+                    raise collector.not_finite()
 
     def skip_step(self) -> None:
         """In place of `end_step()` after a step whose gradients were thrown away because they were not finite.

@@ -142,17 +142,14 @@ def test_topk_of_a_tiny_gradient_does_not_underflow(dtype: torch.dtype, tiny: fl
     assert (rows.tolist(), cols.tolist()) == transcribed_top(dW, 2)
 
 
-def test_topk_marks_nan_and_takes_infinity() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_topk_marks_what_is_not_finite(bad: float) -> None:
     x, dy = torch.ones(2, 4), torch.ones(2, 3)
-    dy[1, 2] = float("nan")
+    dy[1, 2] = bad
     (grad,) = CollectTopK().grads(dy, x, [torch.zeros(7)])
-    count, rows, cols = CollectTopK.decode(grad)
+    count, _, cols = CollectTopK.decode(grad)
     assert count == 1
     assert cols.tolist() == [-1, -1, -1]
-    dy[1, 2] = float("inf")
-    (grad,) = CollectTopK().grads(dy, x, [torch.zeros(7)])
-    count, rows, cols = CollectTopK.decode(grad)
-    assert (rows.tolist(), cols.tolist()) == ([2, 2, 2], [0, 1, 2])
 
 
 @pytest.mark.parametrize("op", ["linear", "materialize"])

@@ -191,10 +191,10 @@ def _sddmm_torch(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor) -> Te
 def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """The mask of the nnz largest scores: (row_offsets int32 [N+1], cols int32 [nnz]), columns ascending in each row.
 
-    score: [N, K] float32, any strides, not negative (a negative score counts as 0); +inf is allowed. Exact and
+    score: [N, K] float32, any strides, not negative (a negative score counts as 0). Exact and
     deterministic: of equal scores those with the smaller flat index n * K + k are taken. Extra memory is a few MiB,
     never another [N, K].
-    A NaN anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says whose it is.
+    A NaN or an infinity anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says whose it is.
     Raises RosaError when score is not a float32 matrix, or nnz is not in 0 .. N * K or does not fit in int32.
     """
     if score.dim() != 2 or score.dtype != torch.float32:
@@ -236,7 +236,7 @@ def _select_topk_torch(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     row_offsets = torch.zeros(rows + 1, dtype=torch.int32, device=device)
     cols = torch.empty(nnz, dtype=torch.int32, device=device)
     chunks = score.split(max(1, _CHUNK // max(1, columns))) if score.numel() else ()
-    if any(bool(chunk.isnan().any()) for chunk in chunks):
+    if not all(bool(chunk.isfinite().all()) for chunk in chunks):
         row_offsets[1:] = nnz
         return row_offsets, cols.fill_(-1)
     if nnz == 0:

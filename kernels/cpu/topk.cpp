@@ -49,7 +49,7 @@ INLINE void for_at_least(const uint32_t* p, int n, uint32_t lo, F f) {
 
 extern "C" {
 
-// 0: done; 1: there is a NaN (cols and row_offsets untouched); 2: out of memory. `cols` holds nnz entries.
+// 0: done; 1: there is a NaN or an infinity (cols and row_offsets untouched); 2: out of memory. `cols` holds nnz entries.
 int rosa_select_topk(const float* score, int64_t N, int64_t K, int64_t stride_n, int64_t stride_k, int64_t nnz,
                      int32_t* row_offsets, int32_t* cols, int threads) {
   const Scores s{reinterpret_cast<const uint32_t*>(score), N, K, stride_n, stride_k};
@@ -58,7 +58,7 @@ int rosa_select_topk(const float* score, int64_t N, int64_t K, int64_t stride_n,
   constexpr int COPIES = 4;  // neighbours often share a bin; separate counters avoid waiting for the last increment
   uint32_t prefix = 0;       // the key of the nnz-th largest score, found 11 + 11 + 10 bits at a time
   int64_t remaining = nnz;   // how many of the scores that share `prefix` so far are wanted
-  bool nan = false;
+  bool unusable = false;
   const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
   for (int pass = 0; pass < 3 && (nnz > 0 || pass == 0); ++pass) {
     const int shift = shifts[pass], bins = 1 << widths[pass];
@@ -93,11 +93,11 @@ int rosa_select_topk(const float* score, int64_t N, int64_t K, int64_t stride_n,
       for (int i = 0; i < VL; ++i) worst_tail = std::max(worst_tail, uint32_t(worst[i]));
 #pragma omp critical(rosa_topk)
       {
-        nan |= worst_tail > 0x7f800000u;
+        unusable |= worst_tail >= 0x7f800000u;
         for (int i = 0; i < COPIES * bins; ++i) total[i & (bins - 1)] += count[i];
       }
     }
-    if (nan) return 1;
+    if (unusable) return 1;
     int bin = bins - 1;
     for (; bin > 0 && total[bin] < remaining; --bin) remaining -= total[bin];
     prefix |= uint32_t(bin) << shift;

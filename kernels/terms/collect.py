@@ -71,7 +71,7 @@ class CollectTopK(Term):
 
     The dense gradient lives only inside the kernel, one layer at a time. Rows and columns below 2²⁴ are exact in
     float32. The leading 1 counts the calls that autograd summed up: anything but 1 means that the rest is no mask.
-    Columns of -1 mean that the gradient held a NaN.
+    Columns of -1 mean that the gradient held a NaN or an infinity.
     """
 
     kind: ClassVar[str] = "collect_topk"
