@@ -217,10 +217,13 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         source: Source = ctx.source
-        found = ops.materialize_backward(grads[0].contiguous(), source.delta, source.key)
         out: list[Tensor | None] = [None] * len(source.delta)
-        for position, grad in zip(source.layout.trainable, found, strict=True):
-            out[position] = grad
+        # Terms that are frozen as a whole cost nothing.
+        layout, positions = source.layout.only(ctx.needs_input_grad[2:])
+        if positions:
+            found = ops.materialize_backward(grads[0].contiguous(), [source.delta[i] for i in positions], layout.key)
+            for position, grad in zip(layout.trainable, found, strict=True):
+                out[positions[position]] = grad
         return None, None, *out
 
 

@@ -58,11 +58,17 @@ class Collector:
             self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
 
     def finish(self) -> Mask:
-        """The mask. Raises RosaError, naming the weight, for gradients that are not finite and for gradients that cannot be told apart."""
+        """The mask. Raises RosaError, naming the weight, for gradients that are not finite or cannot be told apart."""
         expected = 1 if self.single else self.limit
-        if self.overlapping or (expected is not None and self.count > expected):
+        if self.overlapping and self.count == 1:
             raise RosaError(
-                f"{self.name}: its gradient arrived in {max(self.count, 2)} parts while {expected} backward call(s) were "
+                f"{self.name}: it is read several times, and the compiled code chose a mask for each of them: a torch.compile "
+                "backend other than 'inductor' does not run the pass that joins them, and a graph break may part them. Call "
+                "the model itself in the collecting step, or give MaskSchedule micro_batches=2, which sums dense gradients"
+            )
+        if expected is not None and self.count > expected:
+            raise RosaError(
+                f"{self.name}: its gradient arrived in {self.count} parts while {expected} backward call(s) were "
                 "expected; give MaskSchedule the number of backward calls per optimizer step (micro_batches=...)"
             )
         if self.mask is not None:
@@ -79,15 +85,15 @@ class Collector:
         return Mask(row_offsets, cols, self.weight.matrix)
 
     def largest(self) -> Tensor | None:
-        """The largest size in the sum so far, a scalar on its device: NaN or infinite if anything in it is. None without a sum."""
+        """The largest size in the sum so far, a scalar: NaN or infinite if anything in it is. None without a sum."""
         return None if self.total is None or not self.total.numel() else torch.linalg.vector_norm(self.total, float("inf"))
 
     def not_finite(self) -> NonFiniteError:
         """The error that says that this weight's gradient cannot be used."""
         squares = " or a square beyond float32" if self.mode == "mean_squared" and not self.single else ""
         return NonFiniteError(
-            f"{self.name}: its gradient holds NaN or infinity{squares}, so no mask can be chosen from it; check the batch and the "
-            "loss of this step, or lower the learning rate of the warm-up"
+            f"{self.name}: its gradient holds NaN or infinity{squares}, so no mask can be chosen from it; check the batch and "
+            "the loss of this step, or lower the learning rate of the warm-up"
         )
 
     def _refuse_not_finite(self, cols: Tensor) -> None:
@@ -115,7 +121,8 @@ class MaskSchedule:
     `wl{n}`: low-rank only for n steps; then `num_grads` steps that also collect gradients; masks are made in the `end_step()`
     of the last of them, and from the next step low-rank and sparse train together. `spa_only` collects first and trains the
     sparse part alone; `lora_only` never collects. Where all masks are set already, nothing is collected; a weight whose mask
-    is set keeps it in any case. If the first collecting step fails (a gradient that is not finite), it may be done again from `begin_step()`.
+    is set keeps it in any case. If the first collecting step fails (a gradient that is not finite), it may be done again from
+    `begin_step()`.
 
     Each backward call counts as one gradient (micro-batches square separately, as in the reference). With one backward
     call in all, at most one layer's dense gradient exists at a time; otherwise one float32 sum per rewritten weight is kept
@@ -132,8 +139,9 @@ class MaskSchedule:
         can_skip: allow `skip_step`. With `num_grads` above 1 the sums are then kept twice during later collecting steps.
 
     Raises:
-        RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a gradient with NaN or
-            infinity, from `backward()` or `end_step()`; more backward calls than declared, from `end_step()`. No mask is set then.
+        RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a gradient
+            with NaN or infinity, from `backward()` or `end_step()`; more backward calls than declared, or a graph that the
+            pass did not see whole, from `end_step()`. No mask is set then.
     """
 
     def __init__(

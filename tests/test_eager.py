@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import rosa_fx
 from rosa_fx import RosaSpec, eager
 from rosa_fx.eager import LazyWeight
+from rosa_fx.kernels.terms.low_rank import LowRank
+from rosa_fx.kernels.terms.sparse import Sparse
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -240,6 +242,31 @@ def test_gradient_of_the_weight_itself() -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert (parameter.grad - hidden[name]).norm() <= 32 * EPS * hidden[name].norm() + 1e-12, name
+
+
+def test_a_use_that_is_no_product_computes_the_gradients_of_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the fused operators do (see test_ops): a frozen term costs nothing in backward."""
+    model = layered(layers=1)
+    linear: Any = model[0]
+    linear.weight.square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    computed: list[str] = []
+    for kind in (LowRank, Sparse):
+        whole = kind.grads_from_dense
+        monkeypatch.setattr(
+            kind, "grads_from_dense", lambda self, *args, whole=whole: (computed.append(self.kind), whole(self, *args))[1]
+        )
+    for frozen, kinds in ((("A", "B"), ["sparse"]), (("values",), ["low_rank"]), (("A",), ["low_rank", "sparse"])):
+        model.zero_grad()
+        computed.clear()
+        trains = {name: p for name, p in model.named_parameters() if name in expected}
+        for name, parameter in trains.items():
+            parameter.requires_grad_(not name.endswith(frozen))
+        linear.weight.square().sum().backward()
+        assert computed == kinds
+        for name, parameter in trains.items():
+            assert (parameter.grad is None) == name.endswith(frozen)
+            assert parameter.grad is None or torch.equal(parameter.grad, expected[name])
 
 
 def test_operands_that_do_not_fit_fail_as_ever() -> None:

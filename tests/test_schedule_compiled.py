@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,6 +137,24 @@ def test_compiled_weight_used_twice_and_shared_input(fresh_compiler: None) -> No
     train_step(model, schedule, [batch(0)], None, step_function)
     oracle.step([batch(0)], loss_of, None)
     assert_same_masks(model, oracle)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_weight_used_twice_where_another_backend_runs_no_pass(backend: str) -> None:
+    """Each use chooses a mask of its own there, from part of the gradient; both remedies that the error names give the mask."""
+    model, oracle = twins(spec_of(schedule="wl0"), Shared())
+    schedule = rosa_fx.MaskSchedule(model, micro_batches=1)
+    call = torch.compile(model, backend=backend, fullgraph=True)
+    with pytest.raises(rosa_fx.RosaError, match=r"^k\.weight: it is read several times, .*'inductor'.*micro_batches=2"):
+        train_step(model, schedule, [batch(0)], None, call)
+    assert (rosa_fx.masks(model), schedule.step) == ({}, 0)
+    summing = copy.deepcopy(model)
+    train_step(model, schedule, [batch(0)], None)
+    oracle.step([batch(0)], loss_of, None)
+    assert_same_masks(model, oracle)
+    schedule = rosa_fx.MaskSchedule(summing, micro_batches=2)
+    train_step(summing, schedule, [batch(0)], None, torch.compile(summing, backend=backend, fullgraph=True))
+    assert_same_masks(summing, oracle)
 
 
 def test_compiled_nan_and_too_many_backward_calls(fresh_compiler: None) -> None:

@@ -194,7 +194,8 @@ def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     score: [N, K] float32, any strides, not negative (a negative score counts as 0). Exact and
     deterministic: of equal scores those with the smaller flat index n * K + k are taken. Extra memory is a few MiB,
     never another [N, K].
-    A NaN or an infinity anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says whose it is.
+    A NaN or an infinity anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says
+    whose it is.
     Raises RosaError when score is not a float32 matrix, or nnz is not in 0 .. N * K or does not fit in int32.
     """
     if score.dim() != 2 or score.dtype != torch.float32:
