@@ -42,7 +42,8 @@ def merge(
     bitsandbytes becomes a plain `nn.Linear` (of a subclass that takes any input dtype) with the dense weight.
 
     `into="same"` quantises it again like the base: 4-bit and int8 bases become modules of bitsandbytes (kept bases dense
-    weights), which `save_pretrained` saves and `transform(base="keep")` takes over. What that loses is in the report.
+    weights), which `save_pretrained` saves and `transform(base="keep")` takes over. What that loses is in the report. An int8
+    weight that modules shared is one parameter for each of them afterwards, around the same memory.
 
     Args:
         model: transformed.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.bases.base import BaseFormat
-from rosa_fx.kernels.bases.fourbit import NESTED_BLOCKSIZE, FourBitFormat
+from rosa_fx.kernels.bases.fourbit import BLOCKSIZES, NESTED_BLOCKSIZE, FourBitFormat
 from rosa_fx.merge_report import MergedWeight, MergeReport
 from rosa_fx.packed import CastingLinear, is_packed_linear
 from rosa_fx.spec import RosaSpec
@@ -74,22 +74,28 @@ def merge_same(
 
 
 def _refuse_unfit(name: str, weight: RosaWeight, state: RosaState, rank: int) -> None:
-    reason = None
-    form = weight.base.format
+    reason, remedy = None, "use into='dense'"
+    form, shape = weight.base.format, weight.shape
     for owner, attribute in state.targets[name].owners:
         original = type(owner).__bases__[0]
         if attribute != "weight" or not (original in (nn.Linear, CastingLinear) or is_packed_linear(owner)):
             reason = f"it is {attribute!r} of a {original.__name__}, and bitsandbytes has a module for nn.Linear only"
-    if isinstance(form, FourBitFormat) and weight.shape[1] % form.blocksize:
-        reason = (
-            f"its {weight.shape[1]} columns are no whole blocks of {form.blocksize}, which bitsandbytes reads wrongly on a CPU"
+    if isinstance(form, FourBitFormat) and shape[1] % form.blocksize:
+        reason = f"its {shape[1]} columns are no whole blocks of {form.blocksize}, which bitsandbytes reads wrongly on a CPU"
+        whole = [size for size in BLOCKSIZES if shape[1] % size == 0]
+        other = (
+            f"a model transformed with RosaSpec(blocksize={max(whole)}) has whole ones"
+            if whole
+            else (f"a model transformed with overrides={{{name!r}: {{'base': 'keep'}}}} keeps it dense")
         )
-    if form.kind == "int8" and len({id(owner) for owner, _ in state.targets[name].owners}) > 1:
-        reason = "several modules share it, and bitsandbytes' int8 linear moves its scales out of a parameter at first use"
-    if rank > min(weight.shape):
-        reason = f"refit_rank {rank} exceeds its size {list(weight.shape)}"
+        remedy = f"{remedy}; {other}"
+    if rank and form.kind == "int8" and len({id(owner) for owner, _ in state.targets[name].owners}) > 1:
+        reason = "several modules share it, which int8 parameters of bitsandbytes cannot, nor then the refitted term"
+        remedy = "use refit_rank=0 or into='dense'"
+    if rank > min(shape):
+        reason, remedy = f"refit_rank {rank} exceeds its size {list(shape)}", f"use refit_rank={min(shape)} or less"
     if reason:
-        raise RosaError(f"{name} cannot be merged into its own format: {reason}. Use into='dense'")
+        raise RosaError(f"{name} cannot be merged into its own format: {reason}: {remedy}")
 
 
 @torch.no_grad()
@@ -136,7 +142,11 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _linear_of(owner: Any, weight: RosaWeight, tensors: tuple[Tensor, ...], shared: nn.Parameter | None) -> Any:
-    """A module like `owner` with the new weight; `shared`: the parameter that another owner has already."""
+    """A module like `owner` with the new weight; `shared`: the parameter that another owner has already.
+
+    An int8 parameter cannot be shared, since bitsandbytes takes the scales out of it at first use: there owners get parameters
+    of their own around the same two tensors.
+    """
     import bitsandbytes as bnb
 
     form, dtype = weight.base.format, weight.base.dtype
@@ -159,8 +169,7 @@ def _linear_of(owner: Any, weight: RosaWeight, tensors: tuple[Tensor, ...], shar
     else:
         new = bnb.nn.Linear8bitLt(columns, rows, bias is not None, has_fp16_weights=False, device="meta")
         codes, scales = tensors
-        made = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-        new.weight = shared if shared is not None else made
+        new.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     new.bias = bias
     for name in _HOOKS:
         setattr(new, name, getattr(owner, name))

@@ -48,8 +48,7 @@ def spec(**fields: Any) -> RosaSpec:
 
 
 def trained(dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
-    tied = fields.get("base") != "int8"  # bitsandbytes' int8 linear cannot share its weight
-    return train(rosa_fx.transform(plain(dtype=dtype, tied=tied), spec(**fields)))
+    return train(rosa_fx.transform(plain(dtype=dtype), spec(**fields)))
 
 
 def exact(model: nn.Module, name: str) -> Tensor:
@@ -92,7 +91,9 @@ def test_merged_into_the_format_of_the_base(fields: dict[str, Any]) -> None:
         assert row.lost == pytest.approx(error / float(deltas[row.name].norm()), rel=1e-3, abs=1e-9)
         assert (row.error < 1e-6) == (form.kind == "dense" and dtype == torch.float32)
     assert model.again is model.d
+    # bitsandbytes takes the scales out of an int8 parameter at first use, so each module has its own, around one memory.
     assert (model.c.weight is model.d.weight) == (fields.get("base") != "int8")
+    assert model.c.weight.data_ptr() == model.d.weight.data_ptr()
     assert report.error == max(row.error for row in report.weights)
     assert [line.split()[0] for line in str(report).splitlines()] == ["weight", *(row.name for row in report.weights)]
     assert report.to_dict()["weights"][0]["name"] == report.weights[0].name
@@ -111,7 +112,7 @@ def test_merged_into_the_format_of_the_base(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_refit_puts_the_loss_into_a_low_rank_term(base: str, tmp_path: Path) -> None:
-    model = trained(base=base)
+    model = train(rosa_fx.transform(plain(tied=base != "int8"), spec(base=base)))
     sums = {name: exact(model, name) for name in NAMES}
     lost = rosa_fx.merge(copy.deepcopy(model), into="same")
     reports = {}
@@ -140,7 +141,8 @@ def test_unmerge_returns_the_original_bits(into: Any, refit: int, base: str) -> 
         with pytest.raises(RosaError, match="a dense weight loses nothing"):
             rosa_fx.merge(trained(), into="dense", refit_rank=refit)  # type: ignore[call-overload]
         return
-    model = trained(base=base)
+    tied = base != "int8" or not refit
+    model = train(rosa_fx.transform(plain(tied=tied), spec(base=base)))
     before, x = contents(model), inputs()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     expected = model(x).detach()
@@ -185,10 +187,15 @@ def test_refusals_change_nothing() -> None:
     refused(trained(), "into is 'nf4': use 'dense' or 'same'", into="nf4")
     refused(trained(), "refit_rank is -1", into="same", refit_rank=-1)
     refused(trained(), "refit_steps is 0", into="same", refit_rank=1, refit_steps=0)
-    refused(trained(), r"weight cannot be merged .* refit_rank 65 exceeds its size", into="same", refit_rank=65)
-    shared = train(rosa_fx.transform(plain(), spec(base="int8")))
-    refused(shared, "c.weight cannot be merged .* several modules share it", into="same")
-    refused(trained(blocksize=128), "64 columns are no whole blocks of 128", into="same")
+    too_large = r"weight cannot be merged .* refit_rank 65 exceeds its size \[128, 64\]: use refit_rank=64 or less"
+    refused(trained(), too_large, into="same", refit_rank=65)
+    shared = "c.weight cannot be merged .* several modules share it.*: use refit_rank=0 or into='dense'"
+    refused(trained(base="int8"), shared, into="same", refit_rank=2)
+    blocks = r"64 columns are no whole blocks of 128, .*: use into='dense'; .*RosaSpec\(blocksize=64\) has whole ones"
+    refused(trained(blocksize=128), blocks, into="same")
+    odd = nn.Sequential(nn.Linear(40, 8))
+    rosa_fx.transform(odd, RosaSpec(rank=2, density=0.0, schedule="lora_only", targets=["0.weight"]))
+    refused(odd, r"40 columns are no whole .*overrides=\{'0.weight': \{'base': 'keep'\}\} keeps it dense", into="same")
     attention = nn.Sequential(nn.MultiheadAttention(64, 2))
     rosa_fx.transform(attention, RosaSpec(rank=2, density=0.0, schedule="lora_only", targets=["0.in_proj_weight"]))
     refused(
