@@ -61,12 +61,15 @@ def task(
     held_rows: Annotated[int, typer.Option(help="Rows to judge on.")] = 100,
     batch: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 4,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens; longer rows are left out.")] = 192,
+    schedule: Annotated[str, typer.Option(help="Mask schedule of the methods with both terms.")] = "wl64",
+    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 20,
     seeds: Annotated[int, typer.Option(help="Seeds at the best learning rate.")] = 3,
     limit: Annotated[int | None, typer.Option(help="Runs to make now.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the blocks of the model.")] = True,
 ) -> None:
-    """Fine-tune with every method, learning rates first, then more seeds at the best of them."""
-    setting = Setting(data.name, train_rows, held_rows, batch, epochs)
+    """Fine-tune with every method: three learning rates, then more seeds at the best of them."""
+    setting = Setting(data.name, train_rows, held_rows, batch, epochs, max_length, schedule, warmup_steps)
     results = Results(out / "task.jsonl")
     wanted = grid.cells(method or (), budget or tuple(grid.BUDGETS), base or ("keep", "nf4"))
     bench = Bench(setting, data, model)
@@ -76,7 +79,7 @@ def task(
         if key is None:
             break
         started = time.perf_counter()
-        values = bench.run(key, compile=compile)
+        values = bench.run(key, judged=grid.is_judged(results, wanted, key, bench.identity), compile=compile)
         results.add(key, values | {"seconds": round(time.perf_counter() - started, 1)})
         typer.echo(
             f"{key['method']}, {key['budget']}, {key['base']}, lr {key['lr']:g}, seed {key['seed']}: {values['loss']:.4f}"

@@ -14,12 +14,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rosa_fx
+import rosa_fx.targets
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
 
 import accuracy  # noqa: E402
-from accuracy_study import known_answer, methods, sql, statistics  # noqa: E402
+from accuracy_study import dense, known_answer, methods, sql, statistics  # noqa: E402
 
 
 def command(*arguments: str | Path) -> str:
@@ -38,22 +39,36 @@ def test_low_rank_and_sparse_update_is_recovered_by_their_sum_alone(monkeypatch:
 
 
 def test_every_method_spends_the_budget() -> None:
-    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
+
+    model = make()
     weights = [p for p in model.parameters() if p.dim() == 2]
     for budget, rank in methods.BUDGETS.items():
         for method in methods.METHODS:
-            torch.manual_seed(0)
-            copy = rosa_fx.transform(
-                nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)),
-                methods.spec_of(method, model, budget, "keep", targets=["*.weight"]),
-            )
-            spent = sum(p.numel() for group in rosa_fx.trainable_parameters(copy) for p in group["params"])  # type: ignore[attr-defined]
             if method.full:
-                assert spent == sum(p.numel() for p in weights)
-                methods.set_random_masks(copy, 0)
-                assert all(mask.to_dense().all() for mask in rosa_fx.masks(copy).values() if mask is not None)
-            else:
-                assert spent == sum(rank * sum(p.shape) for p in weights)
+                continue
+            copy = rosa_fx.transform(make(), methods.spec_of(method, model, budget, "keep", targets=["*.weight"]))
+            spent = sum(p.numel() for group in rosa_fx.trainable_parameters(copy) for p in group["params"])  # type: ignore[attr-defined]
+            assert spent == sum(rank * sum(p.shape) for p in weights)
+
+
+def test_full_fine_tuning_trains_the_same_weights_in_float32(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_chat_model(tmp_path / "model"), dtype=torch.bfloat16)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    targets = {t.name for t in rosa_fx.targets.select_targets(model, rosa_fx.RosaSpec(base="keep"))}
+    ids = torch.arange(16).reshape(2, 8) + 3
+    batches = [{"input_ids": ids, "labels": ids}] * 12
+    config = rosa_fx.TrainConfig(lr=1e-3, warmup_steps=2, bf16=True, progress=False)
+    losses = dense.train_full(model, batches, config)
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.1
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p.float(), before[name])}
+    assert changed == targets
+    assert all(p.dtype == (torch.float32 if name in targets else torch.bfloat16) for name, p in model.named_parameters())
 
 
 def test_global_allocation_counts_the_largest_of_all() -> None:
@@ -116,6 +131,7 @@ def test_task_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "small",
     ]
     arguments += ["--base", "nf4", "--train-rows", "6", "--held-rows", "2", "--batch", "2", "--seeds", "2", "--no-compile"]
+    arguments += ["--schedule", "wl1"]
     command(*arguments, "--limit", "2")
     lines = (tmp_path / "out" / "task.jsonl").read_text().splitlines()
     assert len(lines) == 2
@@ -127,7 +143,10 @@ def test_task_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [row["key"]["seed"] for row in rows] == [0, 0, 0, 1]
     best = min(rows[:3], key=lambda each: each["loss"])
     assert rows[3]["key"]["lr"] == best["key"]["lr"]
-    assert all({"exact_match", "loss", "parameters", "train_seconds"} <= row.keys() for row in rows)
+    assert all({"loss", "losses", "parameters", "train_seconds"} <= row.keys() for row in rows)
+    # Answers are generated where the learning rate may be the best one.
+    lowest = [min(row["loss"] for row in rows[: i + 1]) for i in range(3)]
+    assert ["exact_match" in row for row in rows] == [*(row["loss"] == low for row, low in zip(rows, lowest)), True]
 
 
 def test_report_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

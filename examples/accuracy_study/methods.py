@@ -17,7 +17,7 @@ BUDGETS = {"small": 4, "large": 16}
 
 @dataclass(frozen=True)
 class Method:
-    """`share` of the budget is low-rank, the rest sparse; "full" trains every entry of the weights and has no budget.
+    """`share` of the budget is low-rank, the rest sparse; "full" has neither: see `dense`.
 
     `mask` is "gradient" (the recipe's), "random", or "global" (one budget of entries for the whole model, which goes where the
     gradients are largest).
@@ -30,7 +30,7 @@ class Method:
 
 
 METHODS = (
-    Method("full", 0.0, "random", full=True),
+    Method("full", 0.0, full=True),
     Method("low-rank", 1.0),
     Method("sparse", 0.0),
     Method("sparse, random mask", 0.0, "random"),
@@ -45,13 +45,15 @@ def by_name(name: str) -> Method:
 
 
 def spec_of(method: Method, model: nn.Module, budget: str, base: str, **changes: object) -> rosa_fx.RosaSpec:
-    """The spec that spends the budget. `changes` are further fields of the spec, such as `schedule` or `grad_mode`."""
+    """The spec that spends the budget. `changes` are further fields of the spec, such as `num_grads` or `grad_mode`."""
+    if method.full:
+        raise ValueError("full fine-tuning has no spec")
     rank = round(method.share * BUDGETS[budget])
     probe = rosa_fx.RosaSpec(base="keep", rank=1, density=0.5)
     densities = {}
     for target in select_targets(model, probe):
         rows, columns = target.shape[-2:]
-        entries = rows * columns if method.full else (BUDGETS[budget] - rank) * (rows + columns)
+        entries = (BUDGETS[budget] - rank) * (rows + columns)
         # Half an entry more, so that int(density · N · K) is not one short.
         densities[target.name] = {"density": min(1.0, (entries + 0.5) / (rows * columns))}
     only_low_rank = method.share == 1
@@ -67,7 +69,7 @@ def spec_of(method: Method, model: nn.Module, budget: str, base: str, **changes:
 
 
 def set_random_masks(model: nn.Module, seed: int) -> None:
-    """Masks of random entries, as many as the spec says; all entries where the density is 1."""
+    """Masks of random entries, as many as the spec says."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name in rosa_fx.masks(model):
@@ -75,7 +77,7 @@ def set_random_masks(model: nn.Module, seed: int) -> None:
         assert weight.sparse is not None
         rows, columns = weight.shape[-2:]
         count = weight.sparse.values.numel()
-        flat = torch.arange(count) if count == rows * columns else torch.randperm(rows * columns, generator=generator)[:count]
+        flat = torch.randperm(rows * columns, generator=generator)[:count]
         found[name] = rosa_fx.Mask.from_indices(flat // columns, flat % columns, (rows, columns))
     rosa_fx.set_masks(model, found)
 
