@@ -6,6 +6,8 @@ Cost of a product of M rows with a weight [N, K], over that of the GEMM of a fro
                   for 4-bit codes, where dequantising and reading back a whole fp32 weight takes 8.5 bytes per element.
                   Rows that are not float32 are widened and y is narrowed: M·(K + N) elements.
     few rows      the same decoding and M·N·K multiply-adds from the L1 cache; no tile.
+    dy W          the GEMM of low precision reads its right operand down the rows: it is slower by a tenth where these are
+                  long. So the tile is a row of panels, each narrow and by itself, filled in one pass over the weight.
     whole         the weight dequantised, N·K elements written and read; S scattered into it.
     low rank      x Aᵀ and (x Aᵀ) Bᵀ: R·(1/N + 1/K) of the GEMM's operations, and one pass over y.
 
@@ -22,21 +24,26 @@ import torch
 from torch import Tensor
 
 from rosa_fx.kernels import definition
-from rosa_fx.kernels.cpu import rows
+from rosa_fx.kernels.cpu import gemm, rows
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.stack import Stack, pieces_of_region
 from rosa_fx.kernels.terms.base import Region, Term
 
 # Up to so many rows of x the weight is multiplied as it is decoded; beyond, a GEMM makes better use of the registers.
 FEW_ROWS = 64
-# Elements of a decoded tile, and the least outputs in it: thinner GEMMs pack their other operand too often.
-_TILE = 1 << 23
-_TILE_OUTPUTS = 1024
+# Bytes of a decoded tile, and the least outputs in it: thinner GEMMs pack their other operand too often. A tile of rows of
+# the weight may be small and stay in cache; one of columns is read from the codes line by line, the wider the better.
+_ROWS_TILE_BYTES = 8 << 20
+_COLUMNS_TILE_BYTES = 32 << 20
+_TILE_OUTPUTS = 512
+# Columns of a panel of such a tile in low precision.
+_PANEL = 512
 # Scratch memory up to this size is kept by each thread: fresh large blocks would be page-faulted in every time.
 _KEPT_BYTES = 64 << 20
 
 _LOW = (torch.bfloat16, torch.float16)
 _Weighted = list[tuple[Term, Sequence[Tensor]]]
+_Pairs = list[tuple[Tensor, Tensor]]
 
 
 def product(
@@ -127,7 +134,7 @@ def _whole(
         else:
             right = torch.cat([weight, *(thin.t() for _, thin in pairs)], dim=1).t()
         pairs = []
-    out = x @ right if bias is None else torch.addmm(bias.to(x.dtype), x, right)
+    out = gemm.product(x, right, None if bias is None else bias.to(x.dtype))
     for left, thin in pairs:
         out.addmm_(left, thin)
     return out
@@ -159,32 +166,38 @@ def _tiled(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighte
         pairs = []
     out = x.new_empty(x.shape[0], outputs)
     row, row_stop, column, column_stop = _region(layout)
-    width = min(outputs, max(_TILE_OUTPUTS, _TILE // max(1, depth)))
+    tile_bytes = _COLUMNS_TILE_BYTES if transposed else _ROWS_TILE_BYTES
+    width = min(outputs, max(_TILE_OUTPUTS, tile_bytes // (dtype.itemsize * max(1, depth)) // _PANEL * _PANEL))
+    panel = _PANEL if transposed and dtype in _LOW else width
     for start in range(0, outputs, width):
         stop = min(outputs, start + width)
         if transposed:
-            tile = _scratch("tile", (wide.shape[1], stop - start), dtype)
+            tile = _scratch("tile", (-((stop - start) // -panel), wide.shape[1], panel), dtype)
             source.write((row, row_stop, column + start, column + stop), tile)
-            right = tile
         else:
-            tile = _scratch("tile", (stop - start, wide.shape[1]), dtype)
+            tile = _scratch("tile", (1, stop - start, wide.shape[1]), dtype)
             source.write((row + start, row + stop, column, column_stop), tile)
-            right = tile.t()
-        at = depth
-        for _, thin in riders:
-            right[at : at + len(thin)].copy_(thin[:, start:stop])
-            at += len(thin)
-        target = out[:, start:stop]
-        total = target if dtype == x.dtype else _scratch("out", target.shape, dtype)
-        if bias is None:
-            torch.mm(wide, right, out=total)
-        else:
-            torch.addmm(bias[start:stop].to(dtype), wide, right, out=total)
-        for left, thin in pairs:
-            total.addmm_(left, thin[:, start:stop])
-        if total is not target:
-            target.copy_(total)
+        for at, part in zip(range(start, stop, panel), tile if transposed else tile.mT):
+            end = min(stop, at + panel)
+            _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end)
     return out
+
+
+def _multiply(
+    wide: Tensor, right: Tensor, bias: Tensor | None, riders: _Pairs, pairs: _Pairs, out: Tensor, start: int, stop: int
+) -> None:
+    """out[:, start:stop] = wide right + bias + pairs. The last rows of `right` are for the right factors of `riders`."""
+    row = len(right)
+    for _, thin in reversed(riders):
+        row -= len(thin)
+        right[row : row + len(thin)].copy_(thin[:, start:stop])
+    target = out[:, start:stop]
+    total = target if wide.dtype == out.dtype else _scratch("out", target.shape, wide.dtype)
+    gemm.product(wide, right, None if bias is None else bias[start:stop].to(wide.dtype), total)
+    for left, thin in pairs:
+        total.addmm_(left, thin[:, start:stop])
+    if total is not target:
+        target.copy_(total)
 
 
 def _region(layout: Layout) -> Region:

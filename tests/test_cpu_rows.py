@@ -14,7 +14,7 @@ from torch import Tensor
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels import composition, ops
 from rosa_fx.kernels.bases.base import base_format
-from rosa_fx.kernels.cpu import rows
+from rosa_fx.kernels.cpu import gemm, rows
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.mask import Mask
 
@@ -62,6 +62,10 @@ def test_rows_are_the_codecs_bits_and_sparse_values(
         source.write(region, held[:, : K - column])
         assert torch.equal(held[:, : K - column], expected)
         assert bool(held[:, K - column :].isnan().all())
+        panels = torch.full((-((K - column) // -7), N - row + 1, 7), float("nan"), dtype=out_t)
+        source.write(region, panels)
+        assert torch.equal(torch.cat([panel[: N - row] for panel in panels], 1)[:, : K - column], expected)
+        assert bool(panels[:, N - row].isnan().all())
 
 
 @FUZZ
@@ -142,8 +146,10 @@ def test_tiles_few_rows_and_the_whole_weight_agree(
                 if how == "whole":
                     patch.setattr(composition, "_source", lambda *a: None)
                 patch.setattr(composition, "FEW_ROWS", 64 if how == "few" else 0)
-                patch.setattr(composition, "_TILE", 1)
+                patch.setattr(composition, "_ROWS_TILE_BYTES", 1)
+                patch.setattr(composition, "_COLUMNS_TILE_BYTES", 1)
                 patch.setattr(composition, "_TILE_OUTPUTS", 13)
+                patch.setattr(composition, "_PANEL", 5)
                 y = ops.linear(x, bias, case.base, case.delta, layout.key)
                 results.append((y, ops.linear_t(dy, bias_t, case.base, case.delta, layout.key)))
         wide = case.layout64 if region is None else case.layout64.part(region)
@@ -164,3 +170,34 @@ def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -
     with torch.inference_mode():
         composition._scratch("test inference", (2,), torch.float32)
     composition._scratch("test inference", (2,), torch.float32).add_(1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("preferred", [False, True])
+def test_gemm_of_both_libraries(monkeypatch: pytest.MonkeyPatch, preferred: bool, transposed: bool) -> None:
+    """Float32 in full precision by either library, into given memory or new, with and without bias, and with nothing to sum."""
+    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: preferred)
+    for M, K, N in ((33, 257, 65), (1, 64, 3), (0, 4, 4), (4, 0, 4)):
+        x, right = torch.randn(M, K), torch.randn(N, K).t() if transposed else torch.randn(K, N)
+        bias = torch.randn(N)
+        exact = x.double() @ right.double()
+        out = torch.full((M, N + 2), float("nan"))
+        results = [gemm.product(x, right), gemm.product(x, right, out=out[:, 1:-1])]
+        results += [result - bias for result in (gemm.product(x, right, bias), gemm.product(x, right, bias, torch.empty(M, N)))]
+        size = x.double().abs() @ right.double().abs() + bias.abs()
+        for result in results:
+            assert bool(((result - exact).abs() <= (K + 2) * torch.finfo(torch.float32).eps * size).all())
+        assert bool(out[:, [0, -1]].isnan().all())
+
+
+def test_the_library_is_chosen_by_the_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {}
+    for maker in ("GenuineIntel", "AuthenticAMD", ""):
+        gemm._prefers_onednn.cache_clear()
+        monkeypatch.setattr(gemm, "_maker", lambda maker=maker: maker)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        chosen[maker] = gemm.onednn_is_faster()
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not gemm.onednn_is_faster()
+    gemm._prefers_onednn.cache_clear()
+    assert chosen == {"GenuineIntel": False, "AuthenticAMD": torch.backends.mkl.is_available(), "": False}

@@ -11,6 +11,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "vectors.h"
 

@@ -165,30 +165,34 @@ float lane_sum(vf v) {
 
 extern "C" {
 
-// out[i][j] = (D(Q) + S)[r0 + i][c0 + j], rounded once to out_dtype; `pitch` elements from row to row of out.
+// out[i][j] = (D(Q) + S)[r0 + i][c0 + j], rounded once to out_dtype; `pitch` elements from row to row of out. Columns lie in
+// panels of `panel` columns, `panel_stride` elements apart: column j in panel j / panel.
 int rosa_write_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, void* out, int out_dtype,
-                    int64_t pitch, int threads) {
+                    int64_t pitch, int64_t panel, int64_t panel_stride, int threads) {
   const int64_t n = c1 - c0;
   if (n == 0) return 0;
   int failed = 0;
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * n / 32768)));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t r = r0; r < r1; ++r) {
-    if (out_dtype == F32) {
+    if (out_dtype == F32 && n <= panel) {
       decode_row(*rows, r, c0, c1, static_cast<float*>(out) + (r - r0) * pitch);
       continue;
     }
     float* row = row_scratch.get<float>(n);
-    uint16_t* to = static_cast<uint16_t*>(out) + (r - r0) * pitch;
     if (!row) {
 #pragma omp atomic write
       failed = 1;
       continue;
     }
     decode_row(*rows, r, c0, c1, row);
-    if (out_dtype == BF16) narrow_bf16(row, n, to);
-    else
-      for (int64_t i = 0; i < n; ++i) to[i] = Half::narrow(row[i]);
+    for (int64_t p = 0, c = 0; c < n; ++p, c += panel) {
+      const int64_t at = p * panel_stride + (r - r0) * pitch, count = std::min(panel, n - c);
+      if (out_dtype == F32) std::memcpy(static_cast<float*>(out) + at, row + c, count * sizeof(float));
+      else if (out_dtype == BF16) narrow_bf16(row + c, count, static_cast<uint16_t*>(out) + at);
+      else
+        for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = Half::narrow(row[c + i]);
+    }
   }
   return failed;
 }

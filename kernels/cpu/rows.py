@@ -55,13 +55,16 @@ class Source:
 
     def write(self, region: Region, out: Tensor) -> None:
         """out = that part of D(Q) + S, summed in float32 and rounded once. out: float32, bfloat16 or float16; rows apart by
-        any pitch, elements of a row adjacent. Raises MemoryError without scratch memory."""
+        any pitch, elements of a row adjacent; or panels [P, rows, columns of one] that hold the columns one after another.
+        Raises MemoryError without scratch memory."""
         failed = self._library.rosa_write_rows(
             ctypes.byref(self._rows),
             *region,
             out.data_ptr(),
             sparse.DTYPES[out.dtype],
-            out.stride(0),
+            out.stride(-2),
+            out.shape[-1],
+            out.stride(0) if out.dim() == 3 else 0,
             torch.get_num_threads(),
         )
         if failed:
@@ -87,7 +90,7 @@ class Source:
 @functools.cache
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.rosa_write_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i32, i64, i32]
+    library.rosa_write_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i32, i64, i64, i64, i32]
     library.rosa_write_rows.restype = i32
     library.rosa_few_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32]
     library.rosa_few_rows.restype = i32

@@ -108,8 +108,13 @@ struct Group {  // up to VL nonzeros whose dot products are made together
   int count = 0;
 };
 
+// What the words of a tile hold: one fp32 value each; pairs of bf16 in the tile of x alone; or pairs in both, where the CPU
+// multiplies and adds them in one instruction. That one takes products below 2^-126 for 0. It saves the unpacking and half of
+// dy's tile: 6.3 ms against 8.1 (Zen 5, two cores, 4096x4096, 0.6 %, 2048 rows).
+enum Words { SINGLE, PAIRS_OF_X, PAIRS };
+
 // Kept out of line so that its VL accumulators own the register file.
-template <bool PACKED, int LINES>
+template <Words WORDS, int LINES>
 __attribute__((noinline)) void flush(Group& g, const float* dy, const uint32_t* x, float* out) {
 #pragma GCC unroll 1
   for (int i = g.count; i < VL; ++i) { g.x[i] = g.x[0]; g.dy[i] = g.dy[0]; }
@@ -122,7 +127,11 @@ __attribute__((noinline)) void flush(Group& g, const float* dy, const uint32_t* 
     vf a{};
 #pragma GCC unroll 16
     for (int v = 0; v < LINES * PER_LINE; ++v) {
-      if (PACKED) {
+      if (WORDS == PAIRS) {
+#if defined(__AVX512BF16__)
+        a = (vf)_mm512_dpbf16_ps((__m512)a, (__m512bh)reinterpret_cast<const vu*>(dp)[v], (__m512bh)xp[v]);
+#endif
+      } else if (WORDS == PAIRS_OF_X) {
         const vf* d = dp + (v / PER_LINE) * 2 * PER_LINE + v % PER_LINE;
         a += d[0] * (vf)(xp[v] << 16);
         a += d[PER_LINE] * (vf)(xp[v] & 0xffff0000u);
@@ -146,9 +155,9 @@ __attribute__((noinline)) void flush(Group& g, const float* dy, const uint32_t* 
 
 using Flush = void (*)(Group&, const float*, const uint32_t*, float*);
 
-template <bool PACKED>
+template <Words WORDS>
 Flush pick_flush(int lines) {
-  return lines == 1 ? flush<PACKED, 1> : lines == 2 ? flush<PACKED, 2> : flush<PACKED, 4>;
+  return lines == 1 ? flush<WORDS, 1> : lines == 2 ? flush<WORDS, 2> : flush<WORDS, 4>;
 }
 
 struct Sddmm {
@@ -156,7 +165,7 @@ struct Sddmm {
   int64_t N, K;
   const int32_t *row_offsets, *cols;
   Transpose transpose_dy, transpose_x;
-  bool packed;
+  Words words;
   const uint8_t* used;
 };
 
@@ -168,7 +177,8 @@ bool sddmm_task(const Sddmm& s, int64_t t0, int64_t t1, int64_t j0, int64_t j1, 
   const int64_t end_row = std::lower_bound(ro, ro + s.N + 1, int32_t(j1)) - ro;
   const int64_t panels = (s.K + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
   const int64_t width = ((s.K + panels - 1) / panels + LINE - 1) / LINE * LINE;
-  const int step = s.packed ? 2 : 1, tile = MAX_LINES * LINE * step, block = s.packed ? 32 : 64;
+  const int step = s.words == SINGLE ? 1 : 2, tile = MAX_LINES * LINE * step, block = s.words == PAIRS_OF_X ? 32 : 64;
+  const int dy_step = s.words == PAIRS_OF_X ? 2 : 1;  // words of dy to one of x
   uint32_t* panel = panel_scratch.get<uint32_t>(width * MAX_LINES * LINE);
   float* dyt = block_scratch.get<float>(block * tile);
   int32_t* cursor = panels > 1 ? cursor_scratch.get<int32_t>(end_row - first_row) : nullptr;
@@ -177,8 +187,10 @@ bool sddmm_task(const Sddmm& s, int64_t t0, int64_t t1, int64_t j0, int64_t j1, 
     const int64_t m0 = t * tile, rows = std::min<int64_t>(tile, s.x.M - m0);
     int lines = int((rows + LINE * step - 1) / (LINE * step));
     if (lines == 3) lines = 4;
-    const int64_t xpitch = lines * LINE, dpitch = xpitch * step;
-    const Flush flush_group = s.packed ? pick_flush<true>(lines) : pick_flush<false>(lines);
+    const int64_t xpitch = lines * LINE, dpitch = xpitch * dy_step;
+    const Flush flush_group = s.words == SINGLE  ? pick_flush<SINGLE>(lines)
+                              : s.words == PAIRS ? pick_flush<PAIRS>(lines)
+                                                 : pick_flush<PAIRS_OF_X>(lines);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t c0 = p * width, c1 = std::min(s.K, c0 + width);
       if (c0 >= c1) break;
@@ -187,7 +199,7 @@ bool sddmm_task(const Sddmm& s, int64_t t0, int64_t t1, int64_t j0, int64_t j1, 
       for (int64_t r0 = first_row; r0 < end_row; r0 += block) {
         const int64_t r1 = std::min(r0 + block, end_row);
         if (ro[r0] == ro[r1]) continue;
-        s.transpose_dy(s.dy, m0, int(lines * step), r0, r1, nullptr, reinterpret_cast<uint32_t*>(dyt));
+        s.transpose_dy(s.dy, m0, lines * dy_step, r0, r1, nullptr, reinterpret_cast<uint32_t*>(dyt));
         for (int64_t r = r0; r < r1; ++r) {
           int64_t j = cursor && p > 0 ? cursor[r - first_row] : std::max<int64_t>(ro[r], j0);
           const int64_t end = std::min<int64_t>(ro[r + 1], j1);
@@ -217,10 +229,15 @@ int rosa_sddmm(const void* dy, int dy_dtype, int64_t dy_stride_m, int64_t dy_str
   const int64_t nnz = row_offsets[N];
   if (nnz == 0) return 0;
   if (M == 0) { std::fill(out, out + nnz, 0.0f); return 0; }
-  const bool packed = x_dtype == BF16;
+#if defined(__AVX512BF16__)
+  constexpr bool pairs = true;
+#else
+  constexpr bool pairs = false;
+#endif
+  const Words words = x_dtype != BF16 ? SINGLE : pairs && dy_dtype == BF16 ? PAIRS : PAIRS_OF_X;
   Sddmm s{{dy, dy_stride_m, dy_stride_n, M}, {x, x_stride_m, x_stride_k, M}, N, K, row_offsets, cols,
-          pick_transpose(dy_dtype, false), pick_transpose(x_dtype, packed), packed, nullptr};
-  const int64_t tile = MAX_LINES * LINE * (packed ? 2 : 1), tiles = (M + tile - 1) / tile;
+          pick_transpose(dy_dtype, words == PAIRS), pick_transpose(x_dtype, words != SINGLE), words, nullptr};
+  const int64_t tile = MAX_LINES * LINE * (words == SINGLE ? 1 : 2), tiles = (M + tile - 1) / tile;
   int64_t chunks = 8;
   while (chunks > 1 && (chunks > tiles || (chunks - 1) * nnz > PARTIAL_LIMIT)) chunks /= 2;
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, nnz * ((M + LINE - 1) / LINE) / 16384)));
