@@ -5,6 +5,7 @@ This module imports transformers; `rosa_fx` itself does not, until `rosa_fx.Rosa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from rosa_fx.adapters import adapter_state
 from rosa_fx.atomic import tensor_digest, write_tensors
 from rosa_fx.errors import RosaError
+from rosa_fx.frozen_state import FrozenKeys, frozen_digest
 from rosa_fx.schedule import MaskSchedule
 from rosa_fx.state import is_transformed
 from rosa_fx.training.checkpoint import split_state
@@ -28,7 +30,8 @@ except ImportError as missing:
     raise RosaError("rosa_fx.RosaCallback needs transformers: pip install 'rosa-fx[hf]'") from missing
 
 STATE_FILE = "rosa_schedule.safetensors"
-VERSION = 1
+IGNORED = "_keys_to_ignore_on_save"  # an attribute of models of transformers
+VERSION = 2
 
 
 class RosaCallback(TrainerCallback):
@@ -39,7 +42,8 @@ class RosaCallback(TrainerCallback):
     The trainer's own learning-rate schedule then scales both rates.
 
     Every checkpoint of the trainer gets a file `rosa_schedule.safetensors` beside the trainer's own. On
-    `resume_from_checkpoint` phases, masks and a mask generation that is under way go on from there.
+    `resume_from_checkpoint` phases, masks and a mask generation that is under way go on from there. Of the model, the
+    checkpoints hold what trains: resuming takes the base from the model that the trainer is given, and knows another one.
 
     Args:
         schedule: one of your own, fresh, for the model that the trainer gets. By default it is made from the model's spec when
@@ -49,10 +53,12 @@ class RosaCallback(TrainerCallback):
             are left; the trainer's order of the data goes on.
         checkpoint: the folder that is given to `resume_from_checkpoint`, where that is not one of the trainer's own
             `output_dir` (a trainer does not tell its callbacks).
+        save_base: write the frozen base into every checkpoint too. (Models that are none of transformers' are always
+            saved whole.)
 
     Raises:
         RosaError: from `train()`: the model is not transformed, the optimizer lacks adapter parameters, the schedule
-            belongs to another model, or the checkpoint's file is missing, damaged or of another schedule.
+            belongs to another model, or the checkpoint's file is missing, damaged, or of another schedule or base.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class RosaCallback(TrainerCallback):
         *,
         restart: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
+        save_base: bool = False,
     ) -> None:
         if schedule is not None and not isinstance(schedule, MaskSchedule):
             raise RosaError(f"schedule is a {type(schedule).__name__}: give a rosa_fx.MaskSchedule, or none")
@@ -71,6 +78,9 @@ class RosaCallback(TrainerCallback):
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._schedule: MaskSchedule | None = schedule
         self._restart_step: int | None = None
+        self._save_base = save_base
+        self._left_out_of: Any = None  # the model whose files lack the base for now
+        self._base = ""
 
     @property
     def schedule(self) -> MaskSchedule:
@@ -80,6 +90,10 @@ class RosaCallback(TrainerCallback):
         return self._schedule
 
     # --- events --------------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Here already, because a trainer that resumes loads its checkpoint, and wonders about missing keys, before training.
+        self._leave_base_out(kwargs.get("model"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
@@ -93,6 +107,8 @@ class RosaCallback(TrainerCallback):
         if optimizer is not None:
             _require_all_parameters(model, optimizer)
         self._schedule, self._restart_step = self._fresh_schedule(model, args), None
+        self._leave_base_out(model)
+        self._base = frozen_digest(model)
         if state.global_step:
             folder = self._checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._load(folder / STATE_FILE, model)
@@ -110,12 +126,23 @@ class RosaCallback(TrainerCallback):
             getattr(optimizer, "optimizer", optimizer).state.clear()
             self._follow_restart(args, state, kwargs.get("lr_scheduler"), begin=True)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._left_out_of is not None:
+            setattr(self._left_out_of, IGNORED, None)
+            self._left_out_of = None
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             self._save(folder / STATE_FILE, kwargs["model"])
 
     # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _leave_base_out(self, model: Any) -> None:
+        # A model with keys of its own to leave out is saved as it is used to.
+        if not self._save_base and hasattr(model, IGNORED) and not getattr(model, IGNORED) and is_transformed(model):
+            setattr(model, IGNORED, FrozenKeys(model))
+            self._left_out_of = model
 
     def _fresh_schedule(self, model: nn.Module, args: Any) -> MaskSchedule:
         if self._given is None:
@@ -148,13 +175,14 @@ class RosaCallback(TrainerCallback):
 
     def _save(self, file: Path, model: nn.Module) -> None:
         tensors, values = split_state(self.schedule.state_dict())
-        content = {
+        content: dict[str, Any] = {
             "version": VERSION,
             "schedule": values,
             "restart_step": self._restart_step,
             "adapter": tensor_digest(adapter_state(model)),
-            "checksum": tensor_digest(tensors),
+            "base": self._base,
         }
+        content["checksum"] = _checksum(content, tensors)
         try:
             write_tensors(file, tensors, {"rosa_fx": json.dumps(content)})
         except (OSError, SafetensorError) as error:
@@ -175,15 +203,25 @@ class RosaCallback(TrainerCallback):
             raise RosaError(f"{file} is damaged: {error!r}; resume from an older checkpoint") from error
         if version != VERSION:
             raise RosaError(f"{file} has the version {version!r}, this rosa_fx reads {VERSION}: use the release that wrote it")
-        if content.get("checksum") != tensor_digest(tensors):
+        if content.pop("checksum", None) != _checksum(content, tensors):
             raise RosaError(f"{file} is damaged: its checksum differs; resume from an older checkpoint")
         if content.get("adapter") != tensor_digest(adapter_state(model)):
             raise RosaError(
                 f"{file} does not belong to the checkpoint that the trainer resumed from: its adapter is another one. Pass the "
                 "folder given to resume_from_checkpoint as RosaCallback(checkpoint=...)"
             )
-        self._restart_step = content.get("restart_step")
+        if content["base"] != self._base:
+            raise RosaError(
+                f"{file} was written over another base: a weight that does not train has other values in this model. Load the "
+                "same base model, in the same dtype, before transform"
+            )
+        self._restart_step = content["restart_step"]
         self.schedule.load_state_dict({**content["schedule"], **tensors})
+
+
+def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    text = json.dumps(content, sort_keys=True) + tensor_digest(tensors)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _require_all_parameters(model: nn.Module, optimizer: Any) -> None:

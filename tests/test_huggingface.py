@@ -164,12 +164,15 @@ def test_resuming_from_elsewhere(tmp_path: Path) -> None:
 
     file = place / "rosa_schedule.safetensors"
     content = file.read_bytes()
-    for damaged, message in ((content[:40], "is damaged"), (content.replace(b"version", b"vorsien"), "is damaged")):
+    other_step = content.replace(b'\\"step\\": 3', b'\\"step\\": 2')
+    no_version = content.replace(b"version", b"vorsien")
+    for damaged, message in ((content[:40], "is damaged"), (no_version, "is damaged"), (other_step, "its checksum differs")):
+        assert damaged != content
         file.write_bytes(damaged)
         with pytest.raises(RosaError, match=message):
             trainer(transformed(), tmp_path / "a", **saving).train(resume_from_checkpoint=str(place))
-    file.write_bytes(content.replace(b'{\\"version\\": 1', b'{\\"version\\": 7'))
-    with pytest.raises(RosaError, match="has the version 7, this rosa_fx reads 1"):
+    file.write_bytes(content.replace(b'{\\"version\\": 2', b'{\\"version\\": 7'))
+    with pytest.raises(RosaError, match="has the version 7, this rosa_fx reads 2"):
         trainer(transformed(), tmp_path / "a", **saving).train(resume_from_checkpoint=str(place))
     file.unlink()
     with pytest.raises(RosaError, match=r"is missing: the checkpoint was made without rosa_fx.RosaCallback"):
