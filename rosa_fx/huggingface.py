@@ -5,7 +5,6 @@ This module imports transformers; `rosa_fx` itself does not, until `rosa_fx.Rosa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rosa_fx.adapters import adapter_state
-from rosa_fx.atomic import tensor_digest, write_tensors
+from rosa_fx.atomic import json_digest, tensor_digest, write_tensors
 from rosa_fx.errors import RosaError
 from rosa_fx.frozen_state import FrozenKeys, frozen_digest
 from rosa_fx.schedule import MaskSchedule
@@ -220,8 +219,7 @@ class RosaCallback(TrainerCallback):
 
 
 def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    text = json.dumps(content, sort_keys=True) + tensor_digest(tensors)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_digest([content, tensor_digest(tensors)])
 
 
 def _require_all_parameters(model: nn.Module, optimizer: Any) -> None:

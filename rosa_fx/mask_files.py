@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rosa_fx.adapters import masks, set_masks
-from rosa_fx.atomic import tensor_digest, write_tensors
+from rosa_fx.atomic import json_digest, tensor_digest, write_tensors
 from rosa_fx.errors import RosaError
 from rosa_fx.mask import Mask
 
@@ -33,6 +33,7 @@ def save_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
         tensors |= {f"{name}.row_offsets": mask.row_offsets, f"{name}.cols": mask.cols}
     content: dict[str, object] = {"format": FORMAT, "version": VERSION, "checksum": tensor_digest(tensors)}
     content["shapes"] = {name: list(mask.shape) for name, mask in found.items()}
+    content["shapes_checksum"] = json_digest(content["shapes"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"rosa_fx": json.dumps(content)})
@@ -62,6 +63,8 @@ def load_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
     if content.get("checksum") != tensor_digest(tensors):
         raise RosaError(f"{path} is damaged (its checksum differs): save or copy the masks again")
     shapes = content["shapes"]
+    if content.get("shapes_checksum", json_digest(shapes)) != json_digest(shapes):
+        raise RosaError(f"{path} is damaged (the checksum of its shapes differs): save or copy the masks again")
     expected = {f"{name}.{part}" for name in shapes for part in ("row_offsets", "cols")}
     for key in sorted(expected ^ tensors.keys()):
         raise RosaError(
@@ -75,4 +78,7 @@ def load_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
         if offsets.numel() and (int(offsets.min()) < 0 or int(offsets.max()) > cols.numel()):
             raise RosaError(f"{path}: {name}: row_offsets must rise from 0 to the number of columns' entries")
         found[name] = Mask(offsets, cols, tuple(shape))
-    set_masks(model, found)
+    try:
+        set_masks(model, found)
+    except RosaError as error:
+        raise RosaError(f"the masks {path} do not fit this model: {error}") from error

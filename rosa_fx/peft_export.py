@@ -17,7 +17,7 @@ from rosa_fx.adapter_format import CONFIG, TENSORS
 from rosa_fx.atomic import new_directory, plain_tensors, tensor_digest
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import as_text
-from rosa_fx.peft_names import PREFIX, PeftModule, patterns, peft_modules, short_targets
+from rosa_fx.peft_names import PREFIX, PeftModule, config_digest, patterns, peft_modules, short_targets
 from rosa_fx.state import state_of, unwrap
 
 PARTS = {"low_rank": "LORA", "sparse": "SHIRA"}
@@ -159,8 +159,8 @@ def _write(folder: Path, model: nn.Module, config: dict[str, Any], tensors: dict
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_directory(Path(os.path.realpath(folder))) as new:
-            # What the base was, and a checksum, are beside the tensors, where PEFT does not look.
-            beside = {"base": prints, "checksum": tensor_digest(tensors)}
+            # What the base was, and checksums, are beside the tensors, where PEFT does not look.
+            beside = {"base": prints, "checksum": tensor_digest(tensors), "config": config_digest(config)}
             metadata = {"format": "pt", "rosa_fx": json.dumps(beside)}
             save_file(plain_tensors(tensors), new / TENSORS, metadata=metadata)
             (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

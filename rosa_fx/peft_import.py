@@ -20,7 +20,7 @@ from rosa_fx.atomic import tensor_digest
 from rosa_fx.attach import transform
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import as_text, fingerprint
-from rosa_fx.peft_names import PREFIX, PeftModule, peft_modules
+from rosa_fx.peft_names import PREFIX, PeftModule, config_digest, peft_modules
 from rosa_fx.spec import RosaSpec
 from rosa_fx.state import is_transformed
 
@@ -208,6 +208,11 @@ def _read(folder: Path) -> _Lora:
         alpha = lora.alpha(name)
         if not math.isfinite(alpha) or alpha <= 0:
             raise RosaError(f"{config_file}: the alpha of {name!r} is {alpha}: it must be a number above 0")
+    if ours.get("config", "") not in ("", config_digest(config)):
+        raise RosaError(
+            f"{config_file} is damaged or was edited: its ranks or alphas are not those that were exported; export the adapter "
+            "again, or copy it again"
+        )
     return lora
 
 

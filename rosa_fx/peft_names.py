@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from rosa_fx.atomic import json_digest
 from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of, unwrap
 from rosa_fx.weight import RosaWeight
 
 PREFIX = "base_model.model."
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,11 @@ class PeftModule:
     weight_name: str
     weight: RosaWeight
     flipped: bool
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """A checksum of what an `adapter_config.json` says of the factors; paths and the like may be changed by hand."""
+    return json_digest({field: config.get(field) for field in _READ})
 
 
 def peft_modules(model: nn.Module) -> list[PeftModule]:

@@ -19,15 +19,16 @@ from rosa_fx import RosaError
 
 def edited(file: Path, change: Any = None, signed: bool = True, **header: Any) -> None:
     """Changed tensors or header fields, under a checksum that is right if `signed`."""
-    from rosa_fx.atomic import tensor_digest
+    from rosa_fx.atomic import json_digest, tensor_digest
 
     with safe_open(file, "pt") as stored:
         content = json.loads(stored.metadata()["rosa_fx"])
     tensors: dict[str, Tensor] = {key: tensor.clone() for key, tensor in load_file(file).items()}
     if change:
         change(tensors)
-    content |= {"checksum": tensor_digest(tensors)} if signed else {}
     content |= header
+    if signed:
+        content |= {"checksum": tensor_digest(tensors), "shapes_checksum": json_digest(content["shapes"])}
     save_file(tensors, file, metadata={"rosa_fx": json.dumps(content)})
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rosa_fx.atomic import new_directory, plain_tensors, remove_directory, sha256
+from rosa_fx.atomic import json_digest, new_directory, plain_tensors, remove_directory, sha256
 from rosa_fx.errors import RosaError
 
 VERSION = 1
@@ -46,7 +46,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 save_file(plain_tensors(tensors), new / f"{name}.safetensors")
             (new / STATE).write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
             digests = {file.name: sha256(file) for file in sorted(new.iterdir())}
-            manifest = {"version": VERSION, "step": checkpoint.step, "sha256": digests}
+            manifest: dict[str, Any] = {"version": VERSION, "step": checkpoint.step, "sha256": digests}
+            manifest["checksum"] = json_digest(manifest)
             (new / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RosaError(f"could not write the checkpoint {final}: {error}; free space or choose another out") from error
@@ -83,9 +84,12 @@ def load(path: Path, groups: Collection[str] | None = None) -> Checkpoint:
     """Read and verify one checkpoint, or only some of its groups of tensors; RosaError that names the file if it is damaged."""
     manifest = _read_json(path / MANIFEST)
     digests = manifest.get("sha256")
+    checksum = manifest.pop("checksum", None)
     if manifest.get("version") != VERSION or not isinstance(digests, dict) or STATE not in digests:
         version = manifest.get("version")
         raise _damaged(path / MANIFEST, f"version {version!r} (this release reads {VERSION}) or fields missing")
+    if checksum != json_digest(manifest):
+        raise _damaged(path / MANIFEST, "its checksum differs")
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, digest in digests.items():
         file = path / name
