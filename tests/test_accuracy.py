@@ -84,6 +84,7 @@ def test_global_allocation_counts_the_largest_of_all() -> None:
     [
         ("SELECT b FROM t WHERE a = 3", True),
         ("select b  from t where 3 = a", True),
+        ("select B from T where A = 3", True),
         ("SELECT b FROM t", False),
         ("SELECT a FROM t WHERE a = 3", False),
         ("SELECT nothing FROM t", False),
@@ -144,9 +145,7 @@ def test_task_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     best = min(rows[:3], key=lambda each: each["loss"])
     assert rows[3]["key"]["lr"] == best["key"]["lr"]
     assert all({"loss", "losses", "parameters", "train_seconds"} <= row.keys() for row in rows)
-    # Answers are generated where the learning rate may be the best one.
-    lowest = [min(row["loss"] for row in rows[: i + 1]) for i in range(3)]
-    assert ["exact_match" in row for row in rows] == [*(row["loss"] == low for row, low in zip(rows, lowest)), True]
+    assert ["exact_match" in row for row in rows] == [False, False, False, True]
 
 
 def test_report_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +31,16 @@ def unfreeze(model: nn.Module) -> list[nn.Parameter]:
     return trained
 
 
-def train_full(model: nn.Module, batches: list[Any], config: rosa_fx.TrainConfig) -> list[float]:
-    """Train in place at `config.lr`; returns the loss of each step. Needs the CPU's bfloat16 autocast (`config.bf16`)."""
+def train_full(
+    model: nn.Module,
+    batches: list[Any],
+    config: rosa_fx.TrainConfig,
+    on_event: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[float]:
+    """Train in place at `config.lr`; returns the loss of each step. `on_event` is handed a row per step, as by the trainer.
+
+    A model whose other weights are bfloat16 needs autocast (`config.bf16`).
+    """
     parameters = unfreeze(model)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     engine = Engine(model, config, parameters[0].device, None, None)
@@ -44,10 +54,12 @@ def train_full(model: nn.Module, batches: list[Any], config: rosa_fx.TrainConfig
             if batch is END:
                 source.next_epoch()
                 continue
+            started = time.perf_counter()
             factor = learning_rate_factor(len(losses), total, config.warmup_steps, config.schedule)
             optimizer.param_groups[0]["lr"] = config.lr * factor
             losses.append(float(engine.accumulate([engine.describe(batch)])))
             clip(gradient_norm(optimizer, engine.device), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            on_event({"event": "step", "step": len(losses), "loss": losses[-1], "seconds": time.perf_counter() - started})
     return losses

@@ -23,7 +23,7 @@ import rosa_fx
 
 METHODS = ("rosa", "rosa, random mask", "low-rank", "sparse", "sparse, random mask")
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
-STEPS, WARM_UP = 300, 75
+STEPS, WARM_UP, BATCH = 300, 75, 256
 VALIDATION = 256
 
 
@@ -124,23 +124,27 @@ def random_masks(model: nn.Module, shapes: dict[str, torch.Size], generator: tor
     return found
 
 
-def fit(model: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int, generator: torch.Generator) -> None:
-    """The recipe's phases in a plain loop: Adam, linear decay."""
-    schedule = rosa_fx.MaskSchedule(model, micro_batches=1)
-    optimizer = torch.optim.Adam(rosa_fx.trainable_parameters(model, lr=lr, lr_sparse=lr))
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    for _ in range(STEPS):
-        schedule.begin_step()
-        chosen = torch.randint(len(x), (min(batch, len(x)),), generator=generator) if len(x) > batch else slice(None)
-        (model(x[chosen]) - y[chosen]).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.end_step()
-        decay.step()
+@dataclass
+class Taught:
+    """A student, what it learns from (`x`, `y`), what it is judged on, and the update (L, S) per weight that it should find."""
+
+    problem: Problem
+    plain: nn.Module
+    truth: dict[str, tuple[Tensor, Tensor]]
+    x: Tensor
+    y: Tensor
+    held: Tensor
+    held_y: Tensor
+    changed: Tensor
+
+    def held_loss(self, model: nn.Module) -> float:
+        """Mean squared error on fresh inputs, relative to the variance of what the update changes."""
+        model.eval()
+        with torch.no_grad():
+            return float((model(self.held) - self.held_y).square().mean() / self.changed.square())
 
 
-def run(problem: Problem, method: str) -> dict[str, float]:
-    """Fit with each learning rate, keep the one that does best on validation samples, compare with the truth."""
+def teach(problem: Problem) -> Taught:
     generator = torch.Generator().manual_seed(problem.seed)
     plain = student_of(problem, generator)
     truth = {name: update_of(problem, p.shape, generator) for name, p in plain.named_parameters()}
@@ -152,19 +156,52 @@ def run(problem: Problem, method: str) -> dict[str, float]:
         y, held_y = teacher(x), teacher(held)
         changed = (held_y - plain(held)).std()
     y = y + problem.noise * changed * torch.randn(y.shape, generator=generator)
-    shapes = {name: p.shape for name, p in plain.named_parameters()}
+    return Taught(problem, plain, truth, x, y, held, held_y, changed)
+
+
+def fit(
+    model: nn.Module, taught: Taught, lr: float, generator: torch.Generator, *, stop: int = STEPS, restart: str | None = None
+) -> None:
+    """The recipe's phases in a plain loop: Adam, linear decay over `STEPS` steps, of which `stop` are made.
+
+    `restart` begins again when the masks exist: "same" with the steps that are left, "whole" with all of them.
+    """
+    schedule = rosa_fx.MaskSchedule(model, micro_batches=1, restart=restart is not None)
+    groups = rosa_fx.trainable_parameters(model, lr=lr, lr_sparse=lr)
+    optimizer = torch.optim.Adam(groups)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+    x, y = taught.x, taught.y
+    left = min(stop, STEPS)
+    while left:
+        schedule.begin_step()
+        chosen = torch.randint(len(x), (BATCH,), generator=generator) if len(x) > BATCH else slice(None)
+        (model(x[chosen]).float() - y[chosen]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.end_step()
+        decay.step()
+        left -= 1
+        if schedule.restarted:
+            left = STEPS if restart == "whole" else left
+            optimizer = torch.optim.Adam(rosa_fx.trainable_parameters(model, lr=lr, lr_sparse=lr))
+            decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, left)
+
+
+def run(problem: Problem, method: str) -> dict[str, float]:
+    """Fit with each learning rate, keep the one that does best on validation samples, compare with the truth."""
+    taught = teach(problem)
+    shapes = {name: p.shape for name, p in taught.plain.named_parameters()}
     best: dict[str, float] = {}
     for lr in LEARNING_RATES:
         own = torch.Generator().manual_seed(problem.seed + 1)
         torch.manual_seed(problem.seed)
-        model = rosa_fx.transform(copy.deepcopy(plain), spec_of(method, problem, plain))
+        model = rosa_fx.transform(copy.deepcopy(taught.plain), spec_of(method, problem, taught.plain))
         if "random" in method:
             rosa_fx.set_masks(model, random_masks(model, shapes, own))
-        fit(model, x, y, lr, 256, own)
-        with torch.no_grad():
-            loss = float((model(held) - held_y).square().mean() / changed.square())
+        fit(model, taught, lr, own)
+        loss = taught.held_loss(model)
         if not best or loss < best["validation"]:
-            best = {"validation": loss, "output_error": math.sqrt(loss), "lr": lr, **compare(model, truth)}
+            best = {"validation": loss, "output_error": math.sqrt(loss), "lr": lr, **compare(model, taught.truth)}
     best["parameters"] = sum(p.numel() for group in rosa_fx.trainable_parameters(model) for p in group["params"])
     return best
 
@@ -186,16 +223,26 @@ def compare(model: nn.Module, truth: dict[str, tuple[Tensor, Tensor]]) -> dict[s
     return found
 
 
+MIDDLE: dict[str, Any] = {"rank": 4, "nnz_per_rank": 0.5, "decay": 1.0, "noise": 0.0}
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"rank": 2},
+    {"rank": 8},
+    {"nnz_per_rank": 0.25},
+    {"nnz_per_rank": 1.0},
+    {"noise": 0.3},
+    {"decay": 0.5},
+)
+
+
+def middle(kind: str, seed: int, samples: int = 512, **changes: Any) -> Problem:
+    return Problem(kind, samples, seed=seed, **(MIDDLE | changes))
+
+
 def problems(seeds: int, kinds: tuple[str, ...] = ("linear", "transformer")) -> Iterator[Problem]:
     """Samples are the curve's axis; every other property is varied around one middle case, at the middle of the axis."""
-    middle: dict[str, Any] = {"rank": 4, "nnz_per_rank": 0.5, "decay": 1.0, "noise": 0.0}
-    others = ({"rank": 2}, {"rank": 8}, {"nnz_per_rank": 0.25}, {"nnz_per_rank": 1.0}, {"noise": 0.3}, {"decay": 0.5})
     for seed in range(seeds):
         if "linear" in kinds:
-            for samples in (64, 128, 256, 512, 1024):
-                yield Problem("linear", samples, seed=seed, **middle)
-            for change in others:
-                yield Problem("linear", 512, seed=seed, **(middle | change))
+            yield from (middle("linear", seed, samples) for samples in (64, 128, 256, 512, 1024))
+            yield from (middle("linear", seed, **change) for change in CHANGES)
         if "transformer" in kinds:
-            for samples in (32, 128, 512):
-                yield Problem("transformer", samples, seed=seed, **middle)
+            yield from (middle("transformer", seed, samples) for samples in (32, 128, 512))

@@ -6,13 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from accuracy_study.known_answer import METHODS, Problem
+from accuracy_study.known_answer import CHANGES, METHODS, MIDDLE, Problem
 from accuracy_study.results import Row
 from accuracy_study.statistics import mean_interval, shown
 
 COLOURS = dict(zip(METHODS, ("#1f6fb4", "#8fbbe0", "#d9822b", "#2f8f5b", "#9ccfb2")))
-MIDDLE = {"rank": 4, "nnz_per_rank": 0.5, "decay": 1.0, "noise": 0.0}
-CHANGES = ({"rank": 2}, {"rank": 8}, {"nnz_per_rank": 0.25}, {"nnz_per_rank": 1.0}, {"noise": 0.3}, {"decay": 0.5})
 METRIC = {"linear": "error", "transformer": "output_error"}
 LABEL = {
     "error": "relative error of the weights",

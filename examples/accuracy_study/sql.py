@@ -23,7 +23,9 @@ def same_answers(schema: str, expected: str, found: str) -> bool | None:
     """Whether both queries answer alike on several made-up contents of the tables in `schema`.
 
     None if the expected query does not run on that schema, or answers nothing on any content: equal answers then mean nothing.
+    Upper and lower case are the same, as in `normalise`: such data write names now in one way, now in the other.
     """
+    expected, found = expected.lower(), found.lower()
     informative = False
     for seed in range(TABLES_TRIED):
         rows = _answers(schema, expected, seed, expected)

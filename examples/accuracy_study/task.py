@@ -6,14 +6,16 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy_study.dense import train_full
+from accuracy_study.gradients import dense_gradients, over_base
 from accuracy_study.methods import by_name, set_random_masks, spec_of
+from accuracy_study.recipe import BASE, VARIANTS, Variant, densities, exact_sparse
 from accuracy_study.sql import normalise, same_answers
 from torch import nn
 
@@ -23,7 +25,7 @@ from rosa_fx.data.encoding import render
 from rosa_fx.data.jsonl import Row
 from rosa_fx.models import load_model
 from rosa_fx.state import is_transformed
-from rosa_fx.training.engine import Engine
+from rosa_fx.training.engine import Engine, training_mode
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,12 @@ class Bench:
         self.held = make_batches([encoded for _, encoded in held], setting.batch, self.length, self.pad)
         self._compiled_for: Any = None
 
-    def run(
-        self, key: dict[str, Any], *, judged: Callable[[float], bool] = lambda loss: True, compile: bool = True
-    ) -> dict[str, Any]:
-        """Train as `key` says (method, budget, base, lr, seed, and further fields of the spec) and measure.
+    def run(self, key: dict[str, Any], *, judged: bool = True, compile: bool = True) -> dict[str, Any]:
+        """Train as `key` says (method, budget, base, lr, seed, and a variant of the recipe) and measure.
 
-        `judged` says by the held-out loss whether the answers are generated too, which takes a while.
+        `judged`: by its answers too. To generate them takes a third as long as to train.
         """
-        method, seed = by_name(key["method"]), key["seed"]
+        method, seed, variant = by_name(key["method"]), key["seed"], VARIANTS[key.get("variant", BASE)]
         graphs = {name: value for name, value in key.items() if name not in ("lr", "seed")}
         if graphs != self._compiled_for:
             # Graphs of other methods would fill Dynamo's cache of one block, and the rest would run uncompiled.
@@ -86,7 +86,8 @@ class Bench:
             seed=seed,
             compile=False,
             progress=False,
-            restart=key.get("restart", False),
+            restart=variant.restart is not None,
+            max_steps=len(batches) * self.setting.epochs if variant.restart == "same" else None,
         )
         started = time.perf_counter()
         if method.full:
@@ -95,10 +96,11 @@ class Bench:
             losses = train_full(model, batches, config)
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         else:
-            losses, parameters = self._train_adapters(key, model, batches, config, compile)
+            with exact_sparse() if variant.bf16 == "exact" else nullcontext():
+                losses, parameters = self._train_adapters(key, variant, model, batches, config, compile)
         seconds = time.perf_counter() - started
-        engine = Engine(model, config, torch.device("cpu"), None, None)
-        loss = engine.evaluate(self.held)
+        with exact_sparse() if variant.bf16 == "exact" else nullcontext():
+            loss = self.held_loss(model, config)
         values: dict[str, Any] = {
             "loss": loss,
             "losses": [round(value, 4) for value in losses],
@@ -106,18 +108,25 @@ class Bench:
             "steps": len(losses),
             "train_seconds": round(seconds, 1),
         }
-        if judged(loss):
+        if judged:
             values |= self.judge(model, config)
         return values
 
     def _train_adapters(
-        self, key: dict[str, Any], model: nn.Module, batches: list[Any], config: rosa_fx.TrainConfig, compile: bool
+        self,
+        key: dict[str, Any],
+        variant: Variant,
+        model: nn.Module,
+        batches: list[Any],
+        config: rosa_fx.TrainConfig,
+        compile: bool,
     ) -> tuple[list[float], int]:
         method = by_name(key["method"])
-        changes = dict(key.get("spec", {}))
-        if 0 < method.share < 1:
-            changes.setdefault("schedule", self.setting.schedule)
-        rosa_fx.transform(model, spec_of(method, model, key["budget"], key["base"], **changes))
+        schedule = {"schedule": self.setting.schedule} if 0 < method.share < 1 else {}
+        spec = spec_of(method, model, key["budget"], key["base"], **(schedule | dict(variant.spec)))
+        if variant.allocation == "global":
+            spec = replace(spec, overrides=allocated(model, spec, batches[:1]))
+        rosa_fx.transform(model, spec)
         if method.mask == "random":
             set_random_masks(model, key["seed"])
         if compile:
@@ -125,7 +134,12 @@ class Bench:
         result = rosa_fx.train(model, batches, config)
         return result.losses, sum(result.parameters.values())
 
-    def judge(self, model: nn.Module, config: rosa_fx.TrainConfig) -> dict[str, float]:
+    def held_loss(self, model: nn.Module, config: rosa_fx.TrainConfig) -> float:
+        # In the trainer's mode: with a key-value cache every layer would need a graph of its own.
+        with training_mode(model):
+            return Engine(model, config, torch.device("cpu"), None, None).evaluate(self.held)
+
+    def judge(self, model: nn.Module, config: rosa_fx.TrainConfig) -> dict[str, Any]:
         """Of the model merged to its own dtype: held-out loss, exact match of normalised greedy answers, and equal answers in
         sqlite where that says anything."""
         merged = (rosa_fx.merge(model) if is_transformed(model) else model).to(self.plain.dtype)
@@ -137,15 +151,22 @@ class Bench:
             same = same_answers(row.messages[0]["content"], expected, answer)
             executed += [] if same is None else [same]
         with torch.compiler.set_stance("force_eager"):
-            loss = Engine(merged, config, torch.device("cpu"), None, None).evaluate(self.held)
-        found = {"merged_loss": loss, "exact_match": statistics.fmean(exact)}
+            loss = self.held_loss(merged, config)
+        found = {"merged_loss": loss, "exact_match": statistics.fmean(exact), "answers": answers}
         if executed:
             found |= {"execution_match": statistics.fmean(executed), "execution_rows": len(executed)}
         return found
 
 
+def allocated(model: nn.Module, spec: rosa_fx.RosaSpec, batches: list[Any]) -> dict[str, dict[str, float]]:
+    """Densities by the gradients of the model before training, over the base of `spec`; as many entries as `spec` has."""
+    gradients = dense_gradients(over_base(model, spec.base), batches)
+    budget = sum(int(spec.overrides[name]["density"] * gradient.numel()) for name, gradient in gradients.items())
+    return densities(gradients, budget)
+
+
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, rows: list[Row], pad: int, batch: int = 25, new_tokens: int = 64) -> list[str]:
+def generate(model: Any, tokenizer: Any, rows: list[Row], pad: int, batch: int = 100, new_tokens: int = 64) -> list[str]:
     """The greedy answer to each row's conversation without its last turn."""
     model.eval()
     said: list[str] = []
