@@ -13,12 +13,20 @@ Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, 
   those only half run beside the next step's decoding on sm_90, none on sm_80. So e is taken as 0.75.
 - scratch: M·N·K over 0.95 P, and (0.5 + 2 + 2) bytes · N·K over W: packed weight, scratch buffer written and read.
   The two meet at M = 4.5 (P / W) / 2 (1 / e - 1 / 0.95) with P in FLOP/s: `CROSSOVER`.
-- The sparse part in the fused kernel is gathered from x: M·nnz loads of single elements and multiplications without tensor
-  cores, in as many steps as the longest row of a tile has entries. Up to 16 rows that is little beside the packed bytes, of
-  which the scratch buffer would make eight times as many. At 128 rows and 0.6 % entries a tile of 128×128 over K = 4096
-  gathers 400,000 elements, whose transactions alone take longer than the tile's products; the scratch buffer's cost does not
-  depend on M. So: fused up to 16 rows, scratch beyond. Transposed, the rows of CSR run along the sum, and the gather would
-  be a scatter into the accumulator: scratch.
+- The sparse part costs the scratch buffer nothing. Beside the fused kernel there are two ways for y:
+  - up to 16 rows the kernel gathers it from x after its loop: few elements beside the packed bytes, of which the scratch
+    buffer would make eight times as many. For a tile of 256×128 that took as many steps as the longest of 128 rows has
+    entries, spilled, and read 32 bytes of x for each 2;
+  - for more rows a kernel of its own writes S xᵀ, from which the sums of the fused kernel start: its loop and its registers
+    stay those of a product without a sparse part. S xᵀ reads M·nnz elements of xᵀ, coalesced, from caches that deliver at
+    least `CACHE_RATE` times what memory does; x is transposed and S xᵀ written and read, 2 M (K + N) elements more. At 0.6 % of
+    4096×4096 that meets the scratch buffer's cost at 360 rows on an A100 and 440 on an H100.
+  In the loop itself it does not pay. To put entries into a decoded tile takes a comparison of every weight with the column of
+  each entry of its row, or products of one-hot matrices for as many k-steps again; registers cannot be addressed by column,
+  and 0.6 % are too many to skip what has none: 49 in a tile of 128×64, of whose 1024 words of codes a warp decodes 128.
+- For dx rows of CSR run along the sum. dyᵀ would have to be gathered by columns of S, for which there is no list (building it
+  sorts nnz columns in every step, longer than the scratch buffer takes), or dx be scattered into, with atomics whose order
+  no two runs share, or by one thread for each row of dx, too few threads. So dx with a sparse part: scratch.
 """
 
 from __future__ import annotations
@@ -49,6 +57,13 @@ SHARED_MEMORY = {
 # Rows above which decoding once beats decoding in the loop, by major capability: A100 (312 TFLOP/s, 2.0 TB/s: 1250) and H100
 # (989, 3.35: 2370), rounded down to powers of two.
 CROSSOVER = {8: 1024, 9: 2048, 10: 2048}
+
+
+# Bytes per weight as stored, where that is not the product's dtype.
+_STORED_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1}
+
+# Rate of the caches over that of memory, for reads of rows of xᵀ: 4 to 5.5 TB/s from L2 on A100 and H100, more from L1.
+CACHE_RATE = 2.0
 
 
 @dataclass(frozen=True)
@@ -117,12 +132,11 @@ def fits(product: Product, tiles: Tiles) -> bool:
     """Whether the tiles fit shared memory, and the float32 accumulator its share of the 255 registers of a thread.
 
     That is a half, and a quarter where a long step's weights are decoded and every warp holds the operands of its own products
-    too (before sm_90), where operands are float32, or where a sparse part is gathered: larger tiles were seen to spill.
+    too (before sm_90), or where operands are float32: larger tiles were seen to spill.
     """
     accumulator = tiles.block_m * tiles.block_out // (32 * tiles.warps)
     short = product.kind == "dense" or product.capability >= (9, 0) or tiles.block_sum <= 32
-    gathers = product.nnz > 0 and product.rows > DECODE_ROWS
-    most = 128 if short and not gathers and product.dtype.itemsize == 2 else 64
+    most = 128 if short and product.dtype.itemsize == 2 else 64
     return shared_bytes(product, tiles) <= shared_limit(product.capability) and accumulator <= most
 
 
@@ -225,14 +239,47 @@ def permutes(product: Product) -> bool:
     return least is not None and product.capability >= least
 
 
+def upright(product: Product) -> bool:
+    """Whether grad input multiplies dx = dy W, rather than dxᵀ = Wᵀ dyᵀ as decoded weights want it.
+
+    A dense weight lies in shared memory as it was loaded. As the right operand it is read there as it is; as the left one it
+    was seen to be transposed through registers on sm_80 (1.27 times the issue pressure of Inductor's product, 1.02 now).
+    """
+    return product.transposed and product.kind == "dense" and product.rows > DECODE_ROWS
+
+
 def fuse(product: Product) -> bool:
     """Whether to decode in the main loop (True) or once into a scratch buffer. See the cost model above."""
-    if product.nnz and (product.transposed or product.rows > DECODE_ROWS):
+    if product.nnz and product.transposed:
         return False
+    if gathers(product):
+        return product.rows * _bytes_per_row(product) <= _scratch_bytes(product)
     if product.kind == "dense":
         # Nothing to decode: the fused kernel saves the copies of weight and activations that the low-rank part would need.
         return True
-    return product.rows <= CROSSOVER.get(product.capability[0], CROSSOVER[8])
+    return product.rows <= _crossover(product)
+
+
+def gathers(product: Product) -> bool:
+    """Whether the sparse part of the fused kernel is computed by a kernel of its own, S xᵀ."""
+    return bool(product.nnz) and not product.transposed and product.rows > DECODE_ROWS
+
+
+def _crossover(product: Product) -> int:
+    return CROSSOVER.get(product.capability[0], CROSSOVER[8])
+
+
+def _scratch_bytes(product: Product) -> float:
+    """Bytes that the scratch buffer costs: the stored weight read, and the buffer written and read."""
+    size = product.dtype.itemsize
+    return (_STORED_BYTES.get(product.kind, size) + 2 * size) * product.n * product.k
+
+
+def _bytes_per_row(product: Product) -> float:
+    """What a row costs that the scratch buffer does not: gathering S xᵀ, and decoding in the loop, as bytes from memory."""
+    size = product.dtype.itemsize
+    gathered = product.nnz * size / CACHE_RATE + 2 * size * (product.n + product.k)
+    return gathered + (0 if product.kind == "dense" else _scratch_bytes(product) / _crossover(product))
 
 
 def scales_per_row(columns: int, blocksize: int, tile: int) -> int:
@@ -252,3 +299,33 @@ def scales_per_row(columns: int, blocksize: int, tile: int) -> int:
 def sparse_block(rows: int, block_out: int) -> int:
     """Entries of each row per step of the gather, a power of two: at most 8192 gathered elements at a time."""
     return max(1, min(16, 8192 // (rows * block_out)))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Columns of a row that one program of the scratch buffer's kernel writes, and its warps."""
+
+    columns: int
+    warps: int
+
+
+def scratch_tile(columns: int) -> Scratch:
+    """Of a buffer of so many columns: 16 weights a thread, so that 4-bit codes are loaded 8 bytes wide."""
+    block = power_of_two(columns, 16, 2048)
+    return Scratch(block, min(max(block // 512, 1), 4))
+
+
+@dataclass(frozen=True)
+class Gather:
+    """`entries` of a row per step of the kernel for S xᵀ, `rows` of x per program, and its warps."""
+
+    entries: int
+    rows: int
+    warps: int
+
+
+def gather_tile(product: Product) -> Gather:
+    """128 bytes of xᵀ an entry, 16 a thread; no more entries at a time than a row has on average."""
+    rows = min(128 // product.dtype.itemsize, power_of_two(product.rows, 16, 64))
+    entries = power_of_two(product.nnz // product.n, 4, 32)
+    return Gather(entries, rows, min(max(entries * rows // 512, 1), 4))

@@ -117,7 +117,7 @@ def _sparse(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
     (nnz,) = values.get_size()
     if nnz == 0:
         return [inductor.lower(aten.full.default, [0], 0, **_like(values))]
-    inputs = inductor.realize(_transposed(dy), _transposed(x), row_offsets, cols)
+    inputs = inductor.realize(transposed(dy), transposed(x), row_offsets, cols)
     row, row_stop, column, column_stop = layout.region or (0, layout.shape[0], 0, layout.shape[1])
     choices = chunks(inductor.size_hint(x.get_size()[0]), int(nnz))
     options = [
@@ -150,7 +150,7 @@ def _template() -> Any:
     return inductor.flat_template("rosa_sddmm", "BLOCK_E", (FOLDER / "sddmm.jinja").read_text())
 
 
-def _transposed(node: Any) -> Any:
+def transposed(node: Any) -> Any:
     """[M, C] as a buffer [C, M] with M in one piece, made once per graph."""
     (buffer,) = inductor.realize(node)
     known = _transposes.setdefault(inductor.graph(), {})

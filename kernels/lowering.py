@@ -20,7 +20,7 @@ from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
-from rosa_fx.kernels.triton_templates import INT8_STEP, template
+from rosa_fx.kernels.triton_templates import INT8_STEP, sparse_template, template
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
@@ -155,6 +155,7 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
         "RANK": product.rank,
         "SCALE": float(operands.scale),
         "SPARSE": bool(operands.sparse),
+        "GIVEN": heuristics.gathers(product),
         "BIAS": operands.bias is not None,
         "INT8_STEP": INT8_STEP,
         "PAIRED": k % 2 == 0,
@@ -180,8 +181,12 @@ def _fused(operands: Operands, timed: bool) -> Any:
     inputs = [operands.x, *operands.weight]
     if operands.low_rank is not None:
         inputs += [operands.thin, _factor(operands)]
-    examples = _code_examples(operands) | _csr_examples(operands, len(inputs))
-    inputs += operands.sparse
+    examples = _code_examples(operands)
+    if heuristics.gathers(product):
+        inputs.append(_sparse_product(operands))
+    else:
+        examples |= _csr_examples(operands, len(inputs))
+        inputs += operands.sparse
     if operands.bias is not None:
         inputs.append(operands.bias)
     inputs = list(inductor.realize(*inputs))
@@ -200,22 +205,52 @@ def _fused(operands: Operands, timed: bool) -> Any:
     )
 
 
+def _sparse_product(operands: Operands) -> Any:
+    """S xᵀ [N, M]."""
+    transposed = lower_grads.transposed(operands.x)
+    return inductor.template_output(
+        "rosa_sparse",
+        sparse_template(),
+        inductor.realize(transposed, *operands.sparse),
+        [operands.product.n, operands.x.get_size()[0]],
+        operands.product.dtype,
+        [_sparse_options(operands.product)],
+    )
+
+
+def _sparse_options(product: Product) -> dict[str, Any]:
+    tile = heuristics.gather_tile(product)
+    return {"BLOCK_S": tile.entries, "BLOCK_K": tile.rows, "num_warps": tile.warps, "num_stages": 1}
+
+
 def _scratch_alternative(operands: Operands, inputs: list[Any]) -> inductor.Alternative:
-    """The scratch buffer and the library's product, timed one after the other on tensors like `inputs` of the fused kernel."""
+    """The scratch buffer and the library's product, timed one after the other on tensors like `inputs` of the fused kernel.
+
+    What S xᵀ takes, which only the fused kernel needs, is subtracted.
+    """
     product = operands.product
     n, k = operands.layout.shape
     weights, joined = len(operands.weight), _joined(product)
     thin = 1 + weights if product.rank else None
-    sparse = 1 + weights + (2 if product.rank else 0)
     kept = list(range(1, 1 + weights)) + ([2 + weights] if joined else [])
-    kept += range(sparse, sparse + len(operands.sparse))
     size = [n + joined, k] if product.transposed else [n, k + joined]
-    scratch = template("scratch", product.kind)
-    timer = inductor.template_timer(scratch, [inputs[i] for i in kept], size, product.dtype, _dense_options(operands, joined))
+    csr = [inductor.realize(part)[0] for part in operands.sparse]
+    own = [inputs[i] for i in kept]
+    timer = inductor.template_timer(
+        template("scratch", product.kind), [*own, *csr], size, product.dtype, _dense_options(operands, joined)
+    )
+    gathering = None
+    if operands.sparse:
+        x = inductor.realize(lower_grads.transposed(operands.x))[0]
+        made = [n, operands.x.get_size()[0]]
+        gathering = inductor.template_timer(sparse_template(), [x, *csr], made, product.dtype, _sparse_options(product))
 
     def time(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> float:
         dense = torch.empty(size, dtype=product.dtype, device=out.device)
-        spent = timer(*(tensors[i] for i in kept), out=dense)
+        entries = [make() for make in _csr_examples(operands, 0).values()]
+        if entries:
+            entries.insert(0, torch.randn(product.nnz, dtype=operands.sparse[0].get_dtype(), device=out.device))
+        spent = timer(*(tensors[i] for i in kept), *entries, out=dense)
         right = dense if product.transposed else dense.t()
         x = tensors[0]
 
@@ -226,7 +261,11 @@ def _scratch_alternative(operands: Operands, inputs: list[Any]) -> inductor.Alte
             factor = tensors[thin + 1].to(product.dtype)
             return torch.mm(left, right, out=out).addmm_(tensors[thin], factor if product.transposed else factor.t())
 
-        return spent + inductor.time_call(multiply, out.device)
+        spent += inductor.time_call(multiply, out.device)
+        if gathering is not None:
+            result = torch.empty(n, x.shape[0], dtype=product.dtype, device=out.device)
+            spent -= gathering(x.t().contiguous(), *entries, out=result)
+        return max(spent, 1e-6)
 
     return inductor.Alternative("rosa_scratch_and_mm", time, lambda: _scratch(operands))
 
@@ -269,6 +308,7 @@ def _fused_options(operands: Operands, tiles: Tiles) -> dict[str, Any]:
     n, k = operands.layout.shape
     return {
         **_options(operands, block_k),
+        "UPRIGHT": heuristics.upright(operands.product),
         "ROW_MASK": transposed and n % block_n != 0,
         "COLUMN_MASK": k % block_k != 0,
         # Rows of a decode step are few and would be read again; they are masked instead.
@@ -334,15 +374,15 @@ def _dense(operands: Operands, rank: int) -> Any:
 
 def _dense_options(operands: Operands, rank: int) -> dict[str, Any]:
     n, k = operands.layout.shape
-    block = heuristics.power_of_two(k if operands.product.transposed else k + rank, 16, 1024)
-    return _options(operands, block) | {
+    tile = heuristics.scratch_tile(k if operands.product.transposed else k + rank)
+    return _options(operands, tile.columns) | {
         "RANK": rank,
         "ROWS": n,
         "COLUMNS": k,
         "ROW_MASK": True,
         "COLUMN_MASK": True,
-        "BLOCK_K": block,
+        "BLOCK_K": tile.columns,
         "BLOCK_S": 64,
-        "num_warps": 4,
+        "num_warps": tile.warps,
         "num_stages": 1,
     }

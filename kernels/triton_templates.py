@@ -80,3 +80,11 @@ def template(operator: str, kind: str) -> Any:
     from rosa_fx.kernels import inductor
 
     return inductor.triton_template(f"rosa_{operator}_{kind}", operator == "scratch", source(operator, kind))
+
+
+@functools.cache
+def sparse_template() -> Any:
+    """The template "rosa_sparse" of S xᵀ, the same for every base."""
+    from rosa_fx.kernels import inductor
+
+    return inductor.triton_template("rosa_sparse", True, (FOLDER / "sparse.jinja").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,14 +20,18 @@ from rosa_fx.kernels.heuristics import (
     choose_by_time,
     fits,
     fuse,
+    gather_tile,
+    gathers,
     permutes,
     power_of_two,
     rank_block,
     scales_per_row,
+    scratch_tile,
     shared_bytes,
     shared_limit,
     sparse_block,
     tile_choices,
+    upright,
 )
 from rosa_fx.kernels.lookup import pair_asm, pair_words, permute_asm, select_tree, stretched, table
 
@@ -140,10 +145,52 @@ def test_few_rows_are_decoded_in_the_loop() -> None:
     assert tile_choices(product(1))[0].block_m == 16
 
 
-def test_a_sparse_part_goes_through_the_scratch_buffer() -> None:
-    assert not fuse(product(DECODE_ROWS + 1, nnz=100_000))
-    assert not fuse(product(1, nnz=100_000, transposed=True))
-    assert not fuse(product(4096, "dense", nnz=1))
+def test_a_sparse_part_goes_through_the_scratch_buffer_where_gathering_it_costs_more() -> None:
+    """The rows that the cost model names; fewer entries are worth gathering for more rows; never for grad input."""
+    nnz = int(0.006 * 4096 * 4096)
+    for capability, rows in (((8, 0), 364), ((9, 0), 442)):
+        assert fuse(product(rows, nnz=nnz, capability=capability))
+        assert not fuse(product(rows + 10, nnz=nnz, capability=capability))
+        assert fuse(product(rows + 10, nnz=nnz // 2, capability=capability))
+        assert not fuse(product(2048, nnz=nnz, capability=capability))
+    assert not fuse(product(1, nnz=1, transposed=True))
+    assert fuse(product(512, "dense", nnz=nnz))
+    assert not fuse(product(4096, "dense", nnz=nnz))
+
+
+@given(products)
+def test_only_what_is_summed_over_columns_for_many_rows_is_gathered_apart(product: Product) -> None:
+    assert gathers(product) == (product.nnz > 0 and not product.transposed and product.rows > DECODE_ROWS)
+    if gathers(product) and fuse(product):
+        assert fuse(replace(product, nnz=product.nnz // 2))
+        assert fuse(replace(product, rows=product.rows // 2 + 1))
+
+
+@given(products)
+def test_gathers_of_their_own_read_whole_sectors(product: Product) -> None:
+    """At least 32 bytes of xᵀ an entry where x has as many rows, and work for every lane."""
+    tile = gather_tile(replace(product, nnz=product.nnz + 1))
+    assert tile.rows * product.dtype.itemsize >= 32
+    assert tile.rows < 2 * max(product.rows, 16)
+    assert 32 * tile.warps <= tile.rows * tile.entries
+    assert tile.rows * tile.entries <= 64 * 32 * tile.warps
+    for size in (tile.rows, tile.entries, tile.warps):
+        assert size & (size - 1) == 0
+
+
+@given(st.integers(1, 100_000))
+def test_the_scratch_buffer_is_written_from_wide_loads(columns: int) -> None:
+    """16 weights a thread or more: 8 bytes of 4-bit codes; no block twice as long as the row."""
+    tile = scratch_tile(columns)
+    assert tile.columns < 2 * max(columns, 16)
+    assert tile.columns >= min(16 * 32 * tile.warps, 16)
+    assert tile.warps == 1 or tile.columns >= 16 * 32 * tile.warps
+
+
+def test_only_a_dense_weight_is_the_right_operand() -> None:
+    assert upright(product(2048, "dense", transposed=True))
+    assert not upright(product(2048, "nf4", transposed=True))
+    assert not upright(product(2048, "dense"))
 
 
 def test_many_rows_decode_once() -> None:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rosa_fx.errors import RosaError
-from rosa_fx.kernels.report import amdgcn, assembly, bars, files, roofline, sass, tables, tools
+from rosa_fx.kernels.report import amdgcn, assembly, bars, files, sass, tables, tools
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 from rosa_fx.kernels.report.occupancy import programs_in_flight, resident_programs, warpgroups
 from rosa_fx.kernels.report.rows import Row
-from rosa_fx.kernels.report.source_lines import load_lines
+from rosa_fx.kernels.report.source_lines import load_lines, loop_lines
 from rosa_fx.passes.inductor_pass import ROSA_PASS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +71,20 @@ def test_nvidia_listing() -> None:
     # The third load stands on line 62 of another file; the first before the loop.
     assert assembly.loads_at(loop, {62}) == [8, 1]
     assert [item.loads for item in loop][:3] == [8, 1, 16]
-    assert [item.base for item in listing.outside_loops()] == ["LDC", "LDGSTS", "HGMMA", "STL", "LDL", "EXIT", "NOP"]
+
+
+def test_masked_loads_stand_on_the_line_that_asks_for_them() -> None:
+    """Triton writes one as assembly of a line per register that the mask may leave 0, and its last line is what is listed."""
+    listing = """
+	//## File "/x/k.py", line 12
+        /*0000*/               @P2 LDG.E.64 R10, desc[UR10][R6.64] ;
+        /*0010*/               @P2 LDG.E R10, desc[UR10][R6.64] ;
+        /*0020*/                   LDG.E.128 R12, desc[UR10][R6.64] ;
+	//## File "/x/k.py", line 14
+        /*0030*/              @!P1 LDG.E.128 R12, desc[UR10][R6.64] ;
+"""
+    found = sass.parse(listing, "k.py").instructions
+    assert [(item.loads, item.line) for item in found] == [(8, 11), (4, 12), (16, 12), (16, 11)]
 
 
 def test_four_warps_share_a_wide_product() -> None:
@@ -143,6 +156,7 @@ def kernel(arg_X, arg_Q, arg_ABSMAX):
         s = tl.load(arg_ABSMAX + tl.load(Q + k)).to(tl.float32)
 """
     assert load_lines(source) == {"X": {7, 8, 9, 10}, "Q": {11, 13}, "ABSMAX": {13}}
+    assert loop_lines(source) == set(range(6, 14))
 
 
 # --- what follows from it ---------------------------------------------------------------------------------------------
@@ -304,51 +318,6 @@ def test_rows_in_files(tmp_path: Path) -> None:
     file.write_text("[]", encoding="utf-8")
     with pytest.raises(RosaError, match="holds no rows"):
         files.read(file)
-
-
-# --- roofline ---------------------------------------------------------------------------------------------------------
-
-
-HIDDEN = roofline.Pressures(few=1.0, many=0.9)
-
-
-def test_floor_by_hand() -> None:
-    """7B's q on an A100: one row is bound by 9.4 MB + adapters over 2.04 TB/s, 8192 rows by FLOPs over 312 TFLOP/s."""
-    one = roofline.predict(4096, 4096, 1, "A100", HIDDEN)
-    weights = 4096 * 4096
-    assert one.moved == pytest.approx(weights * 0.5625 + 16 * 8192 * 4 + 0.006 * weights * 8 + 4097 * 4 + 2 * 8192)
-    assert one.floor == pytest.approx(one.moved / 2.04e12)
-    many = roofline.predict(4096, 4096, 8192, "A100", HIDDEN)
-    assert many.flops == pytest.approx(2 * 8192 * (weights * 1.006 + 16 * 8192))
-    assert many.floor == pytest.approx(many.flops / 312e12)
-
-
-@given(
-    st.sampled_from([shape for shapes in roofline.SHAPES.values() for shape in shapes.values()]),
-    st.integers(1, 20000),
-    st.sampled_from(["A100", "H100"]),
-    st.floats(0.1, 4),
-)
-def test_nothing_is_below_the_floor(shape: tuple[int, int], rows: int, device: str, pressure: float) -> None:
-    found = roofline.predict(*shape, rows, device, roofline.Pressures(2 * pressure, pressure))
-    assert found.fused >= found.floor
-    assert found.materialise >= found.floor
-    assert found.wins == ("fused" if found.fused <= found.materialise else "materialise")
-    assert found.why
-
-
-def test_who_wins() -> None:
-    slow = roofline.Pressures(few=17.6, many=2.0)
-    assert roofline.predict(4096, 4096, 1, "H100", HIDDEN).why.startswith("bound by bytes")
-    few = roofline.predict(4096, 4096, 1, "H100", slow)
-    assert few.wins == "fused"
-    assert few.why.startswith("bound by issuing")
-    assert few.fused == pytest.approx(17.6 * 2 * 16 * 4096 * 4096 / 989e12)
-    assert roofline.predict(4096, 4096, 8192, "H100", slow).wins == "materialise"
-    assert roofline.predict(4096, 4096, 8192, "H100", HIDDEN).why == "decoding hides behind the products"
-    lines = list(roofline.table({"A100": HIDDEN, "H100": slow}))
-    assert len(lines) == (3 + 4) * 2 * 5
-    assert all(len(line) == len(roofline.HEAD) for line in lines)
 
 
 def test_caches_tell_apart_who_asked_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:

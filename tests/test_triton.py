@@ -1,4 +1,4 @@
-"""The Triton kernels, executed on the CPU: `triton_kernels.py` in a process of its own, where Triton is its interpreter."""
+"""The Triton kernels, executed on the CPU: files in processes of their own, where Triton is its interpreter."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 @pytest.mark.timeout(600)
 def test_kernels_in_the_interpreter() -> None:
     run_in_interpreter("triton_kernels.py")
+
+
+@pytest.mark.timeout(600)
+def test_choices_in_the_interpreter() -> None:
+    run_in_interpreter("triton_choices.py")

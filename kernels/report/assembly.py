@@ -52,12 +52,6 @@ class Listing:
                 best, most = body, count
         return best
 
-    def outside_loops(self) -> Sequence[Instruction]:
-        """What is executed once: instructions that no backward branch spans."""
-        ends = enumerate(self.instructions)
-        spans = [(self.labels[item.target], end) for end, item in ends if self.labels.get(item.target, end + 1) <= end]
-        return [item for at, item in enumerate(self.instructions) if not any(start <= at <= end for start, end in spans)]
-
     def matrix_instructions(self) -> int:
         return sum(item.matrix for item in self.instructions)
 

@@ -118,8 +118,24 @@ def _linear(label: str, kind: str, rows: int, transposed: bool, sparse: bool, **
         matches_dense=kind == "dense" and phase == "training",
         pressure_bar=kind == "nf4" and phase == "training",
         rows=rows,
+        # Beside S xᵀ, a kernel of its own.
+        marker="arg_SPARSE_PART" if sparse and phase == "training" else "",
         # FP4 is NF4 with another table, double quantisation two loads more per block, one row a mask of 16.
         every_config=label in ("nf4", "int8", "dense") and rows != ONE,
+    )
+
+
+def _sparse() -> Kernel:
+    """S xᵀ, which the fused kernel for many rows adds."""
+    return Kernel(
+        "sparse part of forward",
+        "training",
+        lambda architecture: _product("nf4", TRAINING, False, True, operand_dtype(architecture)),
+        "rosa_linear",
+        _way(True),
+        rows=TRAINING,
+        marker="arg_XT",
+        every_config=False,
     )
 
 
@@ -172,8 +188,9 @@ def _all() -> tuple[Kernel, ...]:
         for rows in (TRAINING, DECODE, ONE):
             found.append(_linear(label, kind, rows, False, rows <= heuristics.DECODE_ROWS, **fields))
         found += [_linear(label, kind, rows, True, False, **fields) for rows in (TRAINING, DECODE)]
-    # With many rows it is only for an autotuner to choose.
+    # With so many rows it is only for an autotuner to choose.
     found.append(_linear("nf4 + sparse", "nf4", TRAINING, False, True))
+    found.append(_sparse())
     for label, kind, fields in _FORMATS[:4]:
         found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]
     found.append(_gradient("gradient of sparse values", "sparse", "rosa_sddmm", int(DENSITY * SIDE * SIDE)))

@@ -17,7 +17,7 @@ from rosa_fx.kernels.report import amdgcn, assembly, sass, tools
 from rosa_fx.kernels.report.architectures import Architecture
 from rosa_fx.kernels.report.kernels import SIDE, Kernel, operand_dtype
 from rosa_fx.kernels.report.rows import Row
-from rosa_fx.kernels.report.source_lines import load_lines
+from rosa_fx.kernels.report.source_lines import load_lines, loop_lines
 
 
 @dataclass
@@ -113,8 +113,12 @@ def _compiled(
             registers, stack = sass.usage(tools.run("cuobjdump", "-res-usage", binary))
             spills = listing.spills()
     loop = listing.main_loop()
-    # A kernel without products decodes its tile once; loads in its loops are for single entries.
-    loads = assembly.loads_at(loop or listing.outside_loops(), weight_lines)
+    if loop:
+        loads = assembly.loads_at(loop, weight_lines)
+    else:
+        # A kernel without products decodes its tile once; loads in its loops are for single entries. Loops are those of the
+        # source: the assembler cuts ends off them.
+        loads = assembly.loads_at(listing.instructions, weight_lines - loop_lines(found.source))
     row = Row("", "", architecture.name, "", False, tile=tile, warps=compiled.warps, stages=compiled.pipeline)
     row = replace(row, registers=registers, stack=stack, spills=spills, shared=compiled.shared)
     row = replace(row, opcodes=dict(listing.opcodes().most_common(8)))

@@ -5,6 +5,7 @@ the tensor cores, W: memory bandwidth. A library's product reaches 95 % of P.
 
     floor       the larger of FLOPs / P and bytes / W, each operand moved once
     fused       the larger of FLOPs / (0.95 P) × max(1, pressure) and bytes / W: the loop also has to issue what decodes;
+                and before it S xᵀ: M nnz elements of xᵀ from caches at 2 W, xᵀ and S xᵀ written and read;
                 up to 16 rows, of FLOPs of 16 rows / P × pressure and bytes / W: such a kernel always decodes for 16
     materialise bytes of packed weight, scratch buffer written / W, then a library's product that reads the scratch buffer
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rosa_fx.kernels.heuristics import DECODE_ROWS
+from rosa_fx.kernels.heuristics import CACHE_RATE, DECODE_ROWS
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 
 PREDICTION = "prediction, not a measurement"
@@ -66,9 +67,11 @@ def predict(n: int, k: int, m: int, device: str, pressure: Pressures) -> Predict
     memory, compute = moved / architecture.bandwidth, flops / architecture.flops
     if m <= DECODE_ROWS:
         loop = 2.0 * DECODE_ROWS * weights / architecture.flops * pressure.few
+        gather = 0.0
     else:
         loop = compute / LIBRARY * max(1.0, pressure.many)
-    fused = max(memory, loop)
+        gather = m * (2 * DENSITY * weights / CACHE_RATE + 4 * (n + k)) / architecture.bandwidth
+    fused = max(memory, loop) + gather
     dense = 2.0 * weights
     decode = (packed + adapters + dense) / architecture.bandwidth
     multiply = max((dense + activations) / architecture.bandwidth, compute / LIBRARY)
@@ -80,21 +83,22 @@ def predict(n: int, k: int, m: int, device: str, pressure: Pressures) -> Predict
         fused,
         materialise,
         "fused" if fused <= materialise else "materialise",
-        _why(memory, loop, compute / LIBRARY, decode, m <= DECODE_ROWS, fused <= materialise),
+        _why(memory, loop, gather, multiply, decode, m <= DECODE_ROWS, fused <= materialise),
     )
 
 
-def _why(memory: float, loop: float, library: float, decode: float, few: bool, fused: bool) -> str:
-    if memory >= loop:
+def _why(memory: float, loop: float, gather: float, multiply: float, decode: float, few: bool, fused: bool) -> str:
+    """In words. multiply: what the product from the scratch buffer takes, decode: what making the buffer does."""
+    if few and memory >= loop:
         return "bound by bytes; a scratch buffer moves 8 times as many"
     if few:
         bound = "bound by issuing what decodes"
         return f"{bound}, in less time than a scratch buffer's bytes" if fused else f"{bound}; a scratch buffer takes less"
-    if loop == library:
-        return "decoding hides behind the products"
-    less, more = sorted((loop - library, decode))
+    cost = max(max(memory, loop) + gather - multiply, 0.0)
+    less, more = sorted((cost, decode))
     ratio = f"{1e6 * less:.3g} µs < {1e6 * more:.3g} µs"
-    return f"decoding {'in the loop costs less than once' if fused else 'once costs less than in the loop'}: {ratio}"
+    first, second = ("S xᵀ beside the loop", "a scratch buffer") if fused else ("a scratch buffer", "S xᵀ beside the loop")
+    return f"{first} costs less than {second}: {ratio}"
 
 
 def table(pressures: Mapping[str, Pressures]) -> Iterator[Sequence[str]]:

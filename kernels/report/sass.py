@@ -7,7 +7,7 @@ import re
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.report.assembly import Instruction, Listing
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*(?:\}\s*)?;?\s*$")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*(?:\}\s*)?;?\s*$")
 _LABEL = re.compile(r"^(\.L\w+):")
 _LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 _MATRIX = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "QMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "OMMA")
@@ -49,19 +49,22 @@ def parse(text: str, file: str = "") -> Listing:
         elif label := _LABEL.match(row):
             labels[label.group(1)] = len(found)
         elif match := _INSTRUCTION.match(row):
-            opcode, operands = match.groups()
+            predicate, opcode, operands = match.groups()
             base = opcode.split(".")[0]
             target = re.search(r"`\((\.L\w+)\)", operands) if base in ("BRA", "BRX", "JMP", "JMX") else None
             matrix = base in _MATRIX
+            loads = _loads(opcode)
+            # A masked load is written as lines of PTX, one for each register that it may leave 0, and LLVM counts them.
+            shift = loads // 4 - 1 if predicate and base == "LDG" and loads > 4 and line else 0
             found.append(
                 Instruction(
                     opcode,
                     operands,
-                    line,
+                    line - shift,
                     target.group(1) if target else "",
                     matrix,
                     _macs(opcode) if matrix else 0,
-                    _loads(opcode),
+                    loads,
                     base in ("LDL", "STL"),
                     half_rate=base in _HALF_RATE,
                 )

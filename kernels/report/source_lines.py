@@ -36,3 +36,9 @@ def load_lines(source: str) -> dict[str, set[int]]:
             name = _root(call.args[0], origins).removeprefix("arg_")
             found[name] |= set(range(call.lineno, (call.end_lineno or call.lineno) + 1))
     return dict(found)
+
+
+def loop_lines(source: str) -> set[int]:
+    """Lines that stand in a loop."""
+    loops = (node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.For, ast.While)))
+    return {line for loop in loops for line in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}
