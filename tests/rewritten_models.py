@@ -89,12 +89,26 @@ def exact(model: Holder, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [y.detach(), x.grad, *(leaf.grad for leaf in leaves)]
 
 
-def assert_budget(actual: list[Tensor], plain: list[Tensor], truth: list[Tensor], factor: float) -> None:
+def assert_budget(
+    actual: list[Tensor], plain: list[Tensor], truth: list[Tensor], factor: float, together: bool = False
+) -> None:
     """Root-mean-square error at most `factor` times that of the plain computation in the same precision.
 
-    Where the plain error is accidentally tiny, half a unit in the last place of the result's size counts instead.
+    Where the plain error is accidentally tiny, half a unit in the last place of the result's size counts instead. Through a
+    whole model rounding errors are few and add up by chance: `together` compares them over all tensors, each in units of
+    its own size.
     """
     assert len(actual) == len(plain) == len(truth)
+    if together:
+        scales = [right.double().pow(2).mean().sqrt().clamp(min=1e-300) for right in truth]
+        eps = max(torch.finfo(ours.dtype).eps for ours in actual)
+        ours, theirs, right = (
+            torch.cat([(t.double() / scale).flatten() for t, scale in zip(tensors, scales)])
+            for tensors in (actual, plain, truth)
+        )
+        allowed = factor * (theirs - right).pow(2).mean().sqrt().clamp(min=eps / 2)
+        assert (ours - right).pow(2).mean().sqrt() <= allowed
+        return
     for ours, theirs, right in zip(actual, plain, truth):
         size = right.double().pow(2).mean().sqrt()
         floor = size * torch.finfo(ours.dtype).eps / 2

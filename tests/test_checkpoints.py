@@ -20,6 +20,21 @@ def test_checkpoints_are_pruned_to_the_newest(tmp_path: Path) -> None:
     assert files == {".json", ".safetensors"}
 
 
+def test_what_a_killed_run_had_no_time_to_prune_goes_on_resuming(tmp_path: Path) -> None:
+    """Between the newest checkpoint's coming and the oldest one's going, at the end of a run, where no other is written."""
+    settings = config(checkpoint_every=2, keep_checkpoints=2)
+    train(make_model(), make_data(), settings, out=tmp_path)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-6", folder / "step-4")
+    train(make_model(), make_data(), settings, out=tmp_path, resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-6", "step-8"]
+    # One that was not written to its end takes nobody's place.
+    (folder / "step-8" / "manifest.json").unlink()
+    shutil.copytree(folder / "step-6", folder / "step-5")
+    checkpoints.prune(folder, 2)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-5", "step-6", "step-8"]
+
+
 def test_a_failed_write_keeps_the_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(make_model(), make_data(), config(stop_at_step=2, keep_checkpoints=1), out=tmp_path)
 

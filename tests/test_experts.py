@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rewritten_models import fill, rewritten
+from rewritten_models import FLOAT32, assert_budget, fill, rewritten
 from torch import Tensor, nn
 
 import rosa_fx
@@ -57,6 +57,22 @@ def output(model: Any) -> Tensor:
     return model(input_ids=IDS)[0]
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    wide: Any = copy.deepcopy(model).double()
+    if hasattr(wide, "set_experts_implementation"):
+        wide.set_experts_implementation("eager")  # the grouped product has no float64
+    return wide
+
+
+def run(call: Any, model: nn.Module) -> list[Tensor]:
+    """Output, and the gradient of every parameter that has one, for a fixed random upstream gradient."""
+    model.zero_grad()
+    y = output(call)
+    torch.manual_seed(5)
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
+    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 # Weights with more than two dimensions, and how each is read.
 STACKS = {
     "mixtral": {"gate_up_proj": "4 matrices 48 x 32", "down_proj": "4 matrices 32 x 24"},
@@ -75,29 +91,20 @@ def test_all_experts_are_fused_trained_saved_and_merged(kind: str, tmp_path: Pat
     assert {name.rpartition(".")[2]: str(target.reading) for name, target in targets.items()} == STACKS[kind]
     fill(model)
     call, reports = rewritten(model)
-    y = output(call)
-    torch.manual_seed(5)
-    upstream = torch.randn(y.shape)
-    y.backward(upstream)
-    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    actual = run(call, model)
     uses = {name: use for report in reports for name, use in report.uses.items()}
     assert not [reason for use in uses.values() for reason in use.dense]
     for name in targets:
         assert (uses[name].products, uses[name].gradients) in ((1, 1), (2, 1)), "one product forward, one or none for dx"
-    model.zero_grad()
-    expected = output(model)
-    expected.backward(upstream)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.grad is not None:
-            scale = float(p.grad.abs().max())
-            torch.testing.assert_close(actual[name], p.grad, rtol=1e-3, atol=1e-4 * scale)
+    wide = in_float64(model)
+    assert_budget(actual, run(model, model), run(wide, wide), factor=FLOAT32, together=True)
     torch.optim.AdamW(rosa_fx.trainable_parameters(model)).step()
     with torch.no_grad():
         trained = output(model)
         rosa_fx.save_adapter(model, tmp_path / "a")
         assert torch.equal(output(rosa_fx.load_adapter(plain, tmp_path / "a")), trained)
-        torch.testing.assert_close(output(rosa_fx.merge(model)), trained, rtol=1e-4, atol=1e-5)
+        exact = output(in_float64(model))
+        assert_budget([output(rosa_fx.merge(model))], [trained], [exact], factor=FLOAT32)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -106,13 +113,14 @@ def test_every_implementation_of_experts_is_right_in_eager_mode_and_fused(implem
     model = rosa_fx.transform(built("mixtral", implementation), rosa_fx.RosaSpec(rank=2, density=0.05, base="keep"))
     fill(model)
     merged = rosa_fx.merge(copy.deepcopy(model))
-    torch.testing.assert_close(output(model), output(merged), rtol=1e-4, atol=1e-5)
+    budget: dict[str, Any] = {"plain": [output(merged)], "truth": [output(in_float64(merged))], "factor": FLOAT32}
+    assert_budget([output(model)], **budget)
     if implementation == "eager":
         return
     report = rosa_fx.explain(model, input_ids=IDS)
     assert (report.graph_breaks, report.dense) == (0, 0)
     assert report.fused == len(report.targets)
-    torch.testing.assert_close(output(rewritten(model)[0]), output(merged), rtol=1e-4, atol=1e-5)
+    assert_budget([output(rewritten(model)[0])], **budget)
 
 
 def test_masks_of_experts_come_from_one_grouped_gradient() -> None:

@@ -127,7 +127,7 @@ def test_axes_in_another_order_than_they_are_stored() -> None:
     assert (reports[0].counts["linear_grads"], reports[0].counts["dense"]) == (5, 0)
     eager = run(model, model, x)
     wide = run(model.double(), model, x.double())
-    assert_budget(actual, eager, wide, factor=FLOAT32)
+    assert_budget(actual, eager, wide, factor=FLOAT32, together=True)
 
 
 def test_inductor_generates_code_for_grouped_products(fresh_compiler: None) -> None:
@@ -153,8 +153,8 @@ def test_inductor_generates_code_for_grouped_products(fresh_compiler: None) -> N
     fill(model)
     x = torch.randn(12, 8)
     assert rosa_fx.explain(model, x).fused == 3
-    for ours, theirs in zip(run(torch.compile(model, fullgraph=True), model, x), run(model, model, x), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    actual, eager = run(torch.compile(model, fullgraph=True), model, x), run(model, model, x)
+    assert_budget(actual, eager, run(model.double(), model, x.double()), factor=FLOAT32)
 
 
 def test_grouped_mm_in_bfloat16() -> None:

@@ -51,9 +51,16 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             (new / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RosaError(f"could not write the checkpoint {final}: {error}; free space or choose another out") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        remove_directory(old)
+    prune(folder, keep)
     return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` whole checkpoints."""
+    found = list_checkpoints(folder)
+    whole = [path for path in found if (path / MANIFEST).is_file()]
+    for old in found[: found.index(whole[-keep])] if len(whole) >= keep else ():
+        remove_directory(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

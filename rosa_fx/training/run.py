@@ -107,6 +107,7 @@ class Run(RunState):
         remove_leftovers(self.out)
         evals = [int(step) for step in found.state["evals"]] if found else []
         self.metrics.truncate(found.step if found else -1, evals)
+        checkpoints.prune(self.folder, self.config.keep_checkpoints)  # a kill may have come just before that
         return found
 
     def _warn_about_length(self) -> None:
