@@ -21,7 +21,6 @@ from torch import Tensor
 import rosa_fx
 from rosa_fx.kernels import ops
 from rosa_fx.kernels.layout import Layout
-from rosa_fx.kernels.terms.sparse import Sparse
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Variant:
     """`spec` are fields of the spec. `restart` is "same" (in all as many steps) or "whole" (the paper's: a whole run after it).
 
     `allocation` "global" gives each weight as many entries as it has among the largest gradients of the model. `bf16` computes
-    in bfloat16: "folded" adds S to the weight and rounds the sum, as the kernels do, "exact" adds the products.
+    in bfloat16: "folded" adds S to the weight and rounds the sum, as the kernels do, "exact" rounds no sum.
     """
 
     spec: Mapping[str, Any] = field(default_factory=dict)
@@ -105,20 +104,24 @@ def computing(bf16: str | None) -> Iterator[None]:
 
 @contextmanager
 def exact_sparse() -> Iterator[None]:
-    """Products as x D(Q)ᵀ + x Sᵀ, so that no sum of D(Q) and S is rounded. For measuring: S is a dense matrix here."""
+    """Products in training with bf16(D(Q)) + S + BA summed and multiplied in float32: nothing but the result is rounded.
+
+    Eager evaluation without gradients reads the folded weight as always.
+    """
     folding = ops.product
 
     def apart(
         x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
     ) -> Tensor:
-        terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.kind == Sparse.kind]
-        if x.dtype == torch.float32 or not terms:
+        if x.dtype == torch.float32:
             return folding(x, bias, base, delta, parsed, transposed)
-        ((item, tensors),) = terms
-        rest = [torch.zeros_like(tensor) if tensor is tensors[0] else tensor for tensor in delta]
-        dense = item.dense(tensors, parsed.shape, torch.float32)
-        beside = x.float() @ (dense if transposed else dense.t())
-        return (folding(x, bias, base, rest, parsed, transposed).float() + beside).to(x.dtype)
+        weight = parsed.base.dequantize(base, parsed.shape, x.dtype).float()
+        for item, tensors in parsed.split(delta):
+            if item.contributes:
+                item.fold_(weight, tensors)
+        weight = parsed.cut(weight)
+        out = x.float() @ (weight if transposed else weight.t())
+        return (out if bias is None else out + bias.float()).to(x.dtype)
 
     ops.product = apart  # type: ignore[assignment]
     try:
