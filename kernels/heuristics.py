@@ -32,7 +32,7 @@ Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,7 +70,7 @@ CACHE_RATE = 2.0
 class Product:
     """A product of M rows with the weight [N, K] as stored; `kind` is the base format's.
 
-    `transposed` sums over N, else over K. `rows` is M, or its hint where it is dynamic.
+    `transposed` sums over N, else over K. `rows` is M, or its hint where it is dynamic. `blocksize` of a 4-bit base, else 0.
     """
 
     rows: int
@@ -82,6 +82,7 @@ class Product:
     nnz: int = 0
     transposed: bool = False
     capability: tuple[int, int] = (8, 0)
+    blocksize: int = 0
 
     @property
     def outputs(self) -> int:
@@ -162,6 +163,26 @@ _DECODE = (
     Tiles(16, 16, 32, 2, 2),
 )
 _PROGRAMS = 128
+# A dense weight is copied as it is: half the step, so that two programs fit a multiprocessor of an A100. Other sizes spilled.
+_DENSE_DECODE = (
+    Tiles(16, 32, 256, 4, 4),
+    Tiles(16, 16, 512, 4, 3),
+    Tiles(16, 64, 128, 4, 4),
+    Tiles(16, 32, 64, 4, 3),
+    Tiles(16, 16, 32, 2, 2),
+)
+# Few rows by 4-bit weights whose sums are scaled (`scales_sums`): two programs fit a multiprocessor of an A100.
+_GROUPED = (
+    Tiles(16, 32, 512, 4, 3),
+    Tiles(16, 16, 512, 4, 3),
+    Tiles(16, 32, 256, 4, 4),
+    Tiles(16, 16, 256, 4, 4),
+    Tiles(16, 32, 128, 4, 4),
+    Tiles(16, 16, 64, 4, 3),
+)
+# A B200 has twice an H100's bandwidth: 128 programs have to ask for more ahead.
+_GROUPED_AHEAD = Tiles(16, 32, 256, 4, 9)
+_GROUPED_AHEAD_HALF = Tiles(16, 32, 512, 4, 6)
 # Many rows: a decoded weight is multiplied by as many rows as registers hold sums of.
 _WIDE = (
     Tiles(256, 128, 64, 8, 3),
@@ -204,11 +225,52 @@ def _candidates(product: Product) -> tuple[Tiles, ...]:
         if product.rows <= DECODE_ROWS:
             return _SCALAR_DECODE
         return _SCALAR if before_ampere else (Tiles(64, 64, 32, 4, 2), *_SCALAR)
+    if scales_sums(product):
+        return _grouped(product)
     if product.rows <= DECODE_ROWS:
-        return _DECODE if product.outputs >= _PROGRAMS * _DECODE[0].block_out else (*_DECODE[1:], _DECODE[0])
+        return _decode(product)
     if product.kind == "dense":
         return (*_DENSE, *_LARGE) if hopper else (*_LARGE[:1], *_DENSE, *_LARGE[1:])
     return (*(_WIDE if hopper else _WIDE_BEFORE_HOPPER), *_LARGE)
+
+
+def _wide_first(product: Product, tiles: tuple[Tiles, ...]) -> tuple[Tiles, ...]:
+    """`tiles`, whose first has most outputs: last where that makes fewer programs than a large device has multiprocessors."""
+    return tiles if product.outputs >= _PROGRAMS * tiles[0].block_out else (*tiles[1:], tiles[0])
+
+
+def _decode(product: Product) -> tuple[Tiles, ...]:
+    if product.kind == "dense":
+        return _wide_first(product, _DENSE_DECODE)
+    if product.transposed and product.kind != "int8":
+        if product.capability >= (10, 0):
+            return _wide_first(product, (replace(_GROUPED_AHEAD, stages=8), *_DECODE))
+        if (8, 0) <= product.capability < (9, 0):
+            return _wide_first(product, (replace(_DECODE[0], stages=2), *_DECODE[1:]))
+    return _wide_first(product, _DECODE)
+
+
+def _grouped(product: Product) -> tuple[Tiles, ...]:
+    half = product.rows <= DECODE_ROWS // 2
+    found = _wide_first(product, _GROUPED)
+    if product.capability >= (10, 0):
+        found = (_GROUPED_AHEAD_HALF if half else _GROUPED_AHEAD, *found)
+    return tuple(replace(tiles, block_m=8) for tiles in found) if half else found
+
+
+def scales_sums(product: Product) -> bool:
+    """Whether a kernel for few rows multiplies by table values and scales their sums: forward, 4 bits, in a 16-bit dtype.
+
+    A warp multiplies columns with one scale per row, at least 32 (or a quarter of a tile of 64 or less) in a row of the weight.
+    """
+    few = product.rows <= DECODE_ROWS and not product.transposed and product.dtype.itemsize == 2
+    aligned = product.k >= 64 and math.gcd(product.k, product.blocksize) >= 32
+    return few and product.blocksize > 0 and aligned and product.capability >= (8, 0)
+
+
+def group_columns(product: Product, tile: int) -> int:
+    """Columns of each product that `tile` columns are cut into, where `scales_sums`: one scale a row, one for each warp."""
+    return min(math.gcd(product.k, product.blocksize, tile), tile // 4)
 
 
 def tile_choices(product: Product) -> list[Tiles]:

@@ -10,6 +10,10 @@ weights if the values have 16 bits: 21 look them up as pairs in the order of the
 things make up for the bits. The scale is split into two numbers of the dtype, so that the product is rounded once. And since
 a factor common to all scales is free, the table is stretched by the one that brings it nearest to numbers of the dtype:
 that halves the root mean square of the table's rounding for NF4 in bfloat16, and makes FP4 exact.
+
+Permutes, logic and shifts share a pipe of half rate, and with few rows that pipe is the limit. `few_asm` gives it 18 of the 21
+instructions of a lookup: it shifts by multiplications, which another pipe does, and chooses between the two halves of the table
+by a permute whose selectors one logic instruction makes for all eight codes.
 """
 
 from __future__ import annotations
@@ -122,6 +126,49 @@ def pair_asm(values: tuple[float, ...], dtype: torch.dtype) -> str:
             f"fma.rn.{suffix} y, x, ${9 + byte}, z;",
             f"fma.rn.{suffix} ${byte}, x, ${5 + byte}, y;",
         ]
+    return "{ " + " ".join(lines) + " }"
+
+
+def few_words(values: tuple[float, ...], dtype: torch.dtype) -> list[int]:
+    """What `few_asm` needs in registers: `pair_words`, factors that shift right by 16 and by 1, and selectors of a permute."""
+    return [*pair_words(values, dtype), 1 << 16, 1 << 31, 0x32103210]
+
+
+def few_asm(values: tuple[float, ...], dtype: torch.dtype, scaled: bool) -> str:
+    """As `pair_asm`, with fewer instructions for the pipe of permutes and logic, and `few_words` in registers.
+
+    `scaled`: operands are those of `pair_asm`, $13, $17, ... $37 hold the words. Otherwise the values are not multiplied, there
+    are no scales, and $5, $9, ... $29 hold the words.
+    """
+    bits = _bits(values, dtype)
+    words = [f"${at}" for at in range(13 if scaled else 5, 41 if scaled else 33, 4)]
+    lines = [
+        ".reg .b32 s, t, u, v, x, y, z, p00, p01, p10, p11;",
+        "and.b32 s, $4, 0x77777777;",
+        # Selectors of bytes 0 to 3 of the lower half of the table, or of 4 to 7, the upper, where bit 3 of the code is set.
+        f"mul.hi.u32 u, $4, {words[5]};",
+        f"lop3.b32 u, u, 0x44444444, {words[6]}, 0xea;",
+        f"mul.hi.u32 t, s, {words[4]};",
+        f"mul.hi.u32 v, u, {words[4]};",
+    ]
+    for plane in (0, 1):
+        _, second, _, fourth = (f"0x{word:08x}" for word in _words(bits, plane))
+        for half, (codes, choice) in enumerate((("s", "u"), ("t", "v"))):
+            lines += [
+                f"prmt.b32 x, {words[2 * plane]}, {second}, {codes};",
+                f"prmt.b32 y, {words[2 * plane + 1]}, {fourth}, {codes};",
+                f"prmt.b32 p{plane}{half}, x, y, {choice};",
+            ]
+    suffix = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}[dtype]
+    if scaled:
+        lines.append("mov.b32 z, 0x80008000;")
+    for byte in range(4):
+        join = f"p0{byte // 2}, p1{byte // 2}, {'0x6273' if byte % 2 else '0x4051'};"
+        if scaled:
+            lines += [f"prmt.b32 x, {join}", f"fma.rn.{suffix} y, x, ${9 + byte}, z;"]
+            lines.append(f"fma.rn.{suffix} ${byte}, x, ${5 + byte}, y;")
+        else:
+            lines.append(f"prmt.b32 ${byte}, {join}")
     return "{ " + " ".join(lines) + " }"
 
 

@@ -130,6 +130,7 @@ def _operands(
         rank=inductor.size_hint(low_rank[0].get_size()[0]) if low_rank else 0,
         nnz=inductor.size_hint(sparse[0].get_size()[0]) if sparse else 0,
         transposed=transposed,
+        blocksize=layout.base.blocksize if isinstance(layout.base, FourBitFormat) else 0,
         capability=heuristics.AMD if torch.version.hip is not None else inductor.capability(device),
     )
     weight = list(base)
@@ -192,7 +193,7 @@ def _fused(operands: Operands, timed: bool) -> Any:
     inputs = list(inductor.realize(*inputs))
     choices = heuristics.tile_choices(product)
     kept = choices if inductor.max_autotune() else choices[:1]
-    name = "linear_t" if product.transposed else "linear"
+    name = "linear_t" if product.transposed else "linear_few" if heuristics.scales_sums(product) else "linear"
     return inductor.template_output(
         f"rosa_{name}",
         template(name, product.kind),
@@ -312,7 +313,9 @@ def _fused_options(operands: Operands, tiles: Tiles) -> dict[str, Any]:
         "ROW_MASK": transposed and n % block_n != 0,
         "COLUMN_MASK": k % block_k != 0,
         # Rows of a decode step are few and would be read again; they are masked instead.
-        "X_MASK": tiles.block_m == 16,
+        "X_MASK": tiles.block_m <= 16,
+        "FEW": tiles.block_m <= 16,
+        "GROUP_K": heuristics.group_columns(operands.product, block_k) if heuristics.scales_sums(operands.product) else 0,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rosa_fx.kernels.lookup import pair_asm, pair_words, permute_asm, select_tree, stretched, table
+from rosa_fx.kernels.lookup import few_asm, few_words, pair_asm, pair_words, permute_asm, select_tree, stretched, table
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 
@@ -36,13 +36,13 @@ _MASKED = """{% macro masked(row, column) -%}
 
 
 def source(operator: str, kind: str) -> str:
-    """The Jinja source of `operator` ("linear", "linear_t" or "scratch") for a base of `kind`.
+    """The Jinja source of `operator` ("linear", "linear_few", "linear_t" or "scratch") for a base of `kind`.
 
     Symbols: M rows of activations, weight [N, K] as stored, R rank. BLOCK_*: the tile of one program; TILE_N, TILE_K: the tile
     of the weight that it decodes, at row tile_row0 + tile_lane and column tile_k0; ROW_MASK, COLUMN_MASK: whether a tile may
-    reach beyond the weight, X_MASK: beyond the rows of X. X the activations, Q packed codes (W a dense weight), ABSMAX and
-    NESTED_*: scales,
-    XA = x Aᵀ and XB = x B, DTYPE the dtype of the product, FLAT the integer dtype of flat positions in the weight.
+    reach beyond the weight, X_MASK: beyond the rows of X. FEW: few rows; GROUP_K: columns of one product in linear_few, which
+    have one scale per row. X the activations, Q packed codes (W a dense weight), ABSMAX and NESTED_*: scales, XA = x Aᵀ and
+    XB = x B, DTYPE the dtype of the product, FLAT the integer dtype of flat positions in the weight.
     """
     tile = _TILES[kind]
     head = [
@@ -62,15 +62,24 @@ def source(operator: str, kind: str) -> str:
         narrow = {name: stretched(kind, dtype) for name, dtype in NARROW.items()}
         pairs = {name: pair_asm(values, NARROW[name]) for name, (values, _) in narrow.items()}
         words = {name: pair_words(values, NARROW[name]) for name, (values, _) in narrow.items()}
+        few = {name: few_asm(values, NARROW[name], True) for name, (values, _) in narrow.items()}
+        few_codes = {name: few_asm(values, NARROW[name], False) for name, (values, _) in narrow.items()}
+        constants = {name: few_words(values, NARROW[name]) for name, (values, _) in narrow.items()}
         trees = {name: select_tree(values, "tile_code") for name, (values, _) in narrow.items()}
         factors = {name: factor for name, (_, factor) in narrow.items()}
         head += [
             f"{{% set PAIR_ASM = {pairs!r} %}}",
             f"{{% set WORDS = {words!r} %}}",
+            f"{{% set FEW_ASM = {few!r} %}}",
+            f"{{% set FEW_CODES = {few_codes!r} %}}",
+            f"{{% set FEW_WORDS = {constants!r} %}}",
             f"{{% set TREES = {trees!r} %}}",
             f"{{% set FACTORS = {factors!r} %}}",
         ]
-    parts = [*head, (FOLDER / f"tile_{tile}.jinja").read_text(), (FOLDER / f"{operator}.jinja").read_text()]
+    parts = [*head, (FOLDER / f"tile_{tile}.jinja").read_text()]
+    if operator in ("linear", "linear_few"):
+        parts.append((FOLDER / "linear_sums.jinja").read_text())
+    parts.append((FOLDER / f"{operator}.jinja").read_text())
     return "\n".join(parts)
 
 

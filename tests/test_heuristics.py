@@ -1,11 +1,10 @@
-"""Kernel choices as pure functions, and the table lookups that GPUs do by byte permutes."""
+"""Kernel choices as pure functions."""
 
 from __future__ import annotations
 
-import re
-import struct
-from collections.abc import Callable
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +21,12 @@ from rosa_fx.kernels.heuristics import (
     fuse,
     gather_tile,
     gathers,
+    group_columns,
     permutes,
     power_of_two,
     rank_block,
     scales_per_row,
+    scales_sums,
     scratch_tile,
     shared_bytes,
     shared_limit,
@@ -33,7 +34,6 @@ from rosa_fx.kernels.heuristics import (
     tile_choices,
     upright,
 )
-from rosa_fx.kernels.lookup import pair_asm, pair_words, permute_asm, select_tree, stretched, table
 
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
@@ -48,6 +48,7 @@ products = st.builds(
     nnz=st.integers(0, 10**6),
     transposed=st.booleans(),
     capability=st.sampled_from(CAPABILITIES),
+    blocksize=st.sampled_from([0, 32, 64, 256, 4096]),
 )
 
 
@@ -60,7 +61,8 @@ def test_choices_fit_every_device(product: Product) -> None:
         assert shared_bytes(product, tiles) <= shared_limit(product.capability)
         sizes = (tiles.block_m, tiles.block_out, tiles.block_sum, tiles.warps)
         assert all(size & (size - 1) == 0 for size in sizes)
-        assert min(sizes[:3]) >= 16
+        assert tiles.block_m >= 8
+        assert min(sizes[1:3]) >= 16
         assert tiles.block_m * tiles.block_out // (32 * tiles.warps) <= 128
 
 
@@ -241,150 +243,29 @@ def test_gathers_are_bounded(rows: int, columns: int) -> None:
     assert block & (block - 1) == 0
 
 
-# --- lookups ----------------------------------------------------------------------------------------------------------
+def test_few_rows_of_four_bits_scale_sums() -> None:
+    """Products of columns with one scale, at least one for each of four warps; any other product scales its weights."""
 
+    def product(**fields: Any) -> Product:
+        given: dict[str, Any] = {"rows": 16, "n": 4096, "k": 4096, "kind": "nf4", "dtype": torch.bfloat16, "blocksize": 64}
+        return Product(**(given | fields))
 
-def prmt(a: int, b: int, selectors: int) -> int:
-    """PTX's prmt.b32: four bytes of the eight in b:a; bit 3 of a selector spreads the sign of its byte."""
-    data = [((b << 32 | a) >> 8 * i) & 0xFF for i in range(8)]
-    out = 0
-    for i in range(4):
-        selector = selectors >> 4 * i & 0xF
-        byte = data[selector & 7]
-        if selector & 8:
-            byte = 0xFF if byte & 0x80 else 0
-        out |= byte << 8 * i
-    return out
-
-
-def fma(dtype: torch.dtype) -> Callable[[int, int, int], int]:
-    """fma.rn.bf16x2 or f16x2: two products of 16 bits in a register and two summands, each rounded once."""
-
-    def pair(word: int) -> torch.Tensor:
-        bits = [half - (half >> 15 << 16) for half in (word & 0xFFFF, word >> 16)]
-        return torch.tensor(bits, dtype=torch.int16).view(dtype).double()
-
-    def run(a: int, b: int, c: int) -> int:
-        # Exact in float64, but for a summand so small that it cannot matter to the rounding.
-        exact = pair(a) * pair(b) + pair(c)
-        low, high = (int(half) & 0xFFFF for half in exact.to(dtype).view(torch.int16))
-        return high << 16 | low
-
-    return run
-
-
-def run_ptx(source: str, inputs: dict[str, int], outputs: int = 8) -> list[int]:
-    """Registers $0 to $`outputs - 1` after the instructions of `permute_asm` or `pair_asm`."""
-    registers = dict(inputs)
-
-    def read(operand: str) -> int:
-        return registers[operand] if operand in registers else int(operand, 0)
-
-    instructions = {
-        "and.b32": lambda a, b: a & b,
-        "shr.u32": lambda a, b: a >> b,
-        "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
-        "prmt.b32": prmt,
-        "mov.b32": lambda a: a,
-        "fma.rn.bf16x2": fma(torch.bfloat16),
-        "fma.rn.f16x2": fma(torch.float16),
-        # The table 0xca is "a ? b : c", bit by bit.
-        "lop3.b32": lambda a, b, c, truth: (a & b) | (~a & c) & 0xFFFFFFFF if truth == 0xCA else None,
-    }
-    for line in source.strip("{} ").split(";"):
-        if line.strip() and not line.strip().startswith(".reg"):
-            name, operands = line.strip().split(" ", 1)
-            target, *sources = [operand.strip() for operand in operands.split(",")]
-            registers[target] = instructions[name](*(read(operand) for operand in sources))
-    return [registers[f"${i}"] for i in range(outputs)]
-
-
-def as_float(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_byte_permutes_look_up_every_code(kind: str) -> None:
-    """Each byte in each of the four places: 16 bits of mantissa, and exact where the codec is (0, ±1, halves)."""
-    values, source = table(kind), permute_asm(table(kind))
-    for byte in range(256):
-        others = (0x00, 0x7E, 0xF1, 0x98)
-        for place in range(4):
-            packed = [byte if i == place else other for i, other in enumerate(others)]
-            found = [as_float(bits) for bits in run_ptx(source, {"$8": int.from_bytes(bytes(packed), "little")})]
-            wanted = [values[b >> 4] for b in packed] + [values[b & 15] for b in packed]
-            for got, want in zip(found, wanted, strict=True):
-                assert abs(got - want) <= 2.0**-16 * abs(want)
-                assert got == want or want not in (0.0, 1.0, -1.0, 0.5, 0.25)
-
-
-def instructions(source: str) -> int:
-    return len(re.findall(r"\b(?:and|shr|shl|prmt|lop3|fma)\.", source))
-
-
-def test_permutes_are_few() -> None:
-    """Instructions for eight codes, as the cost model counts: 35 to look them up, 29 to look up and scale pairs."""
-    assert instructions(permute_asm(table("nf4"))) == 35
-    for dtype in (torch.bfloat16, torch.float16):
-        assert instructions(pair_asm(stretched("nf4", dtype)[0], dtype)) == 29
-
-
-def half_table(values: tuple[float, ...], dtype: torch.dtype) -> dict[str, int]:
-    """The registers in which `pair_asm` expects the words of its table that are no constants of its own."""
-    return dict(zip(("$13", "$17", "$21", "$25"), pair_words(values, dtype), strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_pairs_are_the_tree_in_order(kind: str, dtype: torch.dtype) -> None:
-    """All 256 bytes in each place: with a scale of 1, bit by bit what the tree of selections gives to the other devices."""
-    values = stretched(kind, dtype)[0]
-    assert torch.tensor(values, dtype=torch.float64).to(dtype).tolist() == list(values)
-    bits = [int(value) & 0xFFFF for value in torch.tensor(values, dtype=dtype).view(torch.int16)]
-    one = int(torch.ones((), dtype=dtype).view(torch.int16)) * 0x10001
-    source = pair_asm(values, dtype)
-    scales = {f"${i}": one for i in range(5, 9)} | {f"${i}": 0 for i in range(9, 13)} | half_table(values, dtype)
-    for byte in range(256):
-        packed = [byte, byte ^ 0x5A, (byte * 7) & 0xFF, 255 - byte]
-        packed = packed[byte % 4 :] + packed[: byte % 4]
-        found = run_ptx(source, {"$4": int.from_bytes(bytes(packed), "little")} | scales, 4)
-        for pair, code in zip(found, packed, strict=True):
-            assert (pair & 0xFFFF, pair >> 16) == (bits[code >> 4], bits[code & 15])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scaled_pairs_are_rounded_once(dtype: torch.dtype) -> None:
-    """Against the exact product of value and scale: half a unit in the last place, and what splitting the scale may leave."""
-    values, factor = stretched("nf4", dtype)
-    source, step = pair_asm(values, dtype), torch.finfo(dtype).eps
-    for scale in (0.0312, 1.0, 0.777, 3.1415, 0.0009):
-        exact = torch.tensor(scale * factor, dtype=torch.float32)
-        high = exact.to(dtype)
-        low = (exact - high.float()).to(dtype)
-        words = [(int(part.view(torch.int16)) & 0xFFFF) * 0x10001 for part in (high, low)]
-        scales = {f"${i}": words[0] for i in range(5, 9)} | {f"${i}": words[1] for i in range(9, 13)}
-        scales |= half_table(values, dtype)
-        for code in range(16):
-            found = run_ptx(source, {"$4": code * 0x11111111} | scales, 4)[0] & 0xFFFF
-            got = float(torch.tensor(found - (found >> 15 << 16), dtype=torch.int16).view(dtype))
-            want = values[code] * float(exact)
-            assert abs(got - want) <= step / 2 * abs(want) * (1 + 4 * step) + float(torch.finfo(dtype).smallest_normal) * step
-
-
-@pytest.mark.parametrize(("kind", "share"), [("nf4", 0.6), ("fp4", 1e-3)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stretching_the_table_makes_up_for_its_rounding(kind: str, share: float, dtype: torch.dtype) -> None:
-    """The share that is left of the root mean square of rounding the table as it is."""
-    exact = torch.tensor(table(kind), dtype=torch.float64)
-    values, factor = stretched(kind, dtype)
-    left = (torch.tensor(values, dtype=torch.float64) * factor - exact).square().mean().sqrt()
-    assert left <= share * (exact.to(dtype).double() - exact).square().mean().sqrt()
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_select_tree_is_the_table(kind: str) -> None:
-    class Language:
-        where = staticmethod(lambda condition, yes, no: yes if condition else no)
-
-    tree = compile(select_tree(table(kind), "code"), "tree", "eval")
-    assert [eval(tree, {"tl": Language, "code": code}) for code in range(16)] == list(table(kind))
+    for blocksize, k in ((32, 4096), (64, 96), (128, 11008), (4096, 64)):
+        taken = product(blocksize=blocksize, k=k)
+        assert scales_sums(taken)
+        for tiles in tile_choices(taken):
+            columns = group_columns(taken, tiles.block_sum)
+            assert columns >= 16
+            assert math.gcd(k, blocksize) % columns == 0
+            assert tiles.block_sum // columns >= tiles.warps
+    refused: list[dict[str, Any]] = [
+        {"rows": 17},
+        {"k": 4104},
+        {"k": 32},
+        {"kind": "int8", "blocksize": 0},
+        {"transposed": True},
+    ]
+    refused += [{"dtype": torch.float32}, {"capability": (7, 5)}, {"capability": AMD}]
+    assert not any(scales_sums(product(**fields)) for fields in refused)
+    assert {tiles.block_m for tiles in tile_choices(product(rows=8))} == {8}
+    assert {tiles.block_m for tiles in tile_choices(product(rows=9))} == {16}

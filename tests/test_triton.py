@@ -16,3 +16,8 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.timeout(600)
 def test_choices_in_the_interpreter() -> None:
     run_in_interpreter("triton_choices.py")
+
+
+@pytest.mark.timeout(600)
+def test_few_rows_in_the_interpreter() -> None:
+    run_in_interpreter("triton_few_rows.py")
