@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from accuracy_study.recipe import BASE, VARIANTS
 from accuracy_study.results import Row
 from accuracy_study.statistics import mean_interval, shown
-from accuracy_study.structure import FULLEST
+from accuracy_study.structure import FULLEST, TILE
 
 METRIC = {"linear": "error", "transformer": "output_error"}
 AGAINST = {"4 gradients, mean": "4 gradients, squared", "bf16, S exact": "bf16, S folded"}
@@ -49,7 +49,13 @@ def structure_table(rows: Sequence[Row]) -> list[str]:
     """Per kind of layer, rows in the batch and density; means over the layers."""
     percent = f"{100 * FULLEST:g} %"
     columns = ["layer", "density", "rows in the batch", "empty rows", "empty columns", f"in the fullest {percent} of rows"]
-    columns += ["… of columns", "longest row / mean", "longest of 128 rows / mean", "same in another batch", "same over bf16"]
+    columns += [
+        "… of columns",
+        "longest row / mean",
+        f"longest of {TILE} rows / mean",
+        "same in another batch",
+        "same over bf16",
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     shares = ("empty_rows", "empty_columns", "top_rows", "top_columns")
     for row in rows:

@@ -19,6 +19,7 @@ from rosa_fx.kernels.cpu.sparse import select_topk
 
 DENSITIES = (0.006, 0.02)
 BATCH_ROWS = (4, 32)
+TILE = 32
 FULLEST = 0.01
 """Share of rows (of columns) that counts as the fullest."""
 
@@ -38,8 +39,8 @@ class Shape:
     def of(cls, mask: rosa_fx.Mask) -> Shape:
         rows, columns = mask.row_offsets.diff().long(), torch.bincount(mask.cols.long(), minlength=mask.shape[1])
         mean = mask.nnz / mask.shape[0]
-        # Of 128 consecutive rows, as one program of a fused kernel owns them: it takes as many steps as the longest has.
-        tiles = torch.stack([tile.max() for tile in rows.split(128)]).double()
+        # A program of a kernel for few rows of x owns as many rows of the weight, and takes as long as the longest of them.
+        tiles = torch.stack([tile.max() for tile in rows.split(TILE)]).double()
         return cls(
             float((rows == 0).double().mean()),
             float((columns == 0).double().mean()),
