@@ -203,6 +203,16 @@ def test_commands_are_those_that_are_checked() -> None:
     assert re.findall(r"\[(\w+)\]", first + second) == ["hf", "test"]
 
 
+def test_what_the_comparison_is_shown_by_exists() -> None:
+    table = README.split("## Beside other libraries")[1].split("\n## ")[0]
+    names = [name for row in table.splitlines() if row.startswith("|") for name in re.findall(r"`([^`]+\.py[^`]*)`", row)]
+    assert len(names) > 12
+    for name in names:
+        file, _, function = name.partition("::")
+        path = ROOT / ("tests" if file.startswith("test_") else "examples") / file
+        assert re.search(rf"^def {function}\(" if function else "", path.read_text(encoding="utf-8"), flags=re.MULTILINE), name
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
