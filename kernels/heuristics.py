@@ -17,9 +17,9 @@ Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, 
   - up to 16 rows the kernel gathers it from x after its loop: few elements beside the packed bytes, of which the scratch
     buffer would make eight times as many. For a tile of 256×128 that took as many steps as the longest of 128 rows has
     entries, spilled, and read 32 bytes of x for each 2. What "few" hides: in masks that gradients chose (docs/accuracy,
-    SmolLM2-135M at 0.6 %) the longest of 32 rows has 13 to 16 times the entries of a mean row in q, k, gate and up, 3 to 9 times
-    in v, o and down, twice in a random mask; and the longest of all rows up to 87 times. The program of such rows ends as much
-    later. A time taken with random masks does not show it;
+    SmolLM2-135M at 0.6 %) the longest of 32 rows has 13 to 16 times the entries of a mean row in q, k, gate and up, 3 to 9
+    times in v, o and down, twice in a random mask; and the longest of all rows up to 87 times. The program of such rows
+    ends as much later. A time taken with random masks does not show it;
   - for more rows a kernel of its own writes S xᵀ, from which the sums of the fused kernel start: its loop and its registers
     stay those of a product without a sparse part. S xᵀ reads M·nnz elements of xᵀ, coalesced, from caches that deliver at
     least `CACHE_RATE` times what memory does; x is transposed and S xᵀ written and read, 2 M (K + N) elements more. At 0.6 % of
