@@ -27,9 +27,10 @@ Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, 
   In the loop itself it does not pay. To put entries into a decoded tile takes a comparison of every weight with the column of
   each entry of its row, or products of one-hot matrices for as many k-steps again; registers cannot be addressed by column,
   and 0.6 % are too many to skip what has none: 49 in a tile of 128×64, of whose 1024 words of codes a warp decodes 128.
-- For dx rows of CSR run along the sum. dyᵀ would have to be gathered by columns of S, for which there is no list (building it
-  sorts nnz columns in every step, longer than the scratch buffer takes), or dx be scattered into, with atomics whose order
-  no two runs share, or by one thread for each row of dx, too few threads. So dx with a sparse part: scratch.
+- For dx rows of CSR run along the sum, and Sᵀ dyᵀ needs the entries by column. To sort them in every step takes some ten
+  kernels, 30 µs or 1e8 bytes from memory, and 150 bytes an entry; to keep them sorted, as many bytes again as the sparse term
+  has. (Scattering into dx would need atomics, whose order no two runs share, or a thread for each row of dx, too few.) So dx
+  of a large weight and few rows is fused, [11008, 4096] on an H100 up to 144 rows; else scratch, for up to 16 rows as well.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ _STORED_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1}
 
 # Rate of the caches over that of memory, for reads of rows of xᵀ: 4 to 5.5 TB/s from L2 on A100 and H100, more from L1.
 CACHE_RATE = 2.0
+
+# What sorting the entries by column costs, as bytes from memory: in all, and an entry.
+_SORTING = (1e8, 150)
 
 
 @dataclass(frozen=True)
@@ -294,8 +298,8 @@ def tile_choices(product: Product) -> list[Tiles]:
 
 
 def choose_by_time(product: Product) -> bool:
-    """Whether an autotuner has both ways to time: the fused kernel can, and it is not a matter of bytes alone."""
-    return product.rows > DECODE_ROWS and not (product.nnz and product.transposed)
+    """Whether an autotuner has both ways to time: it is not a matter of bytes alone."""
+    return product.rows > DECODE_ROWS
 
 
 def permutes(product: Product) -> bool:
@@ -315,10 +319,11 @@ def upright(product: Product) -> bool:
 
 def fuse(product: Product) -> bool:
     """Whether to decode in the main loop (True) or once into a scratch buffer. See the cost model above."""
+    if gathers(product):
+        ordered = _SORTING[0] + _SORTING[1] * product.nnz if product.transposed else 0
+        return product.rows * _bytes_per_row(product) + ordered <= _scratch_bytes(product)
     if product.nnz and product.transposed:
         return False
-    if gathers(product):
-        return product.rows * _bytes_per_row(product) <= _scratch_bytes(product)
     if product.kind == "dense":
         # Nothing to decode: the fused kernel saves the copies of weight and activations that the low-rank part would need.
         return True
@@ -326,8 +331,8 @@ def fuse(product: Product) -> bool:
 
 
 def gathers(product: Product) -> bool:
-    """Whether the sparse part of the fused kernel is computed by a kernel of its own, S xᵀ."""
-    return bool(product.nnz) and not product.transposed and product.rows > DECODE_ROWS
+    """Whether the sparse part of the fused kernel is computed by a kernel of its own, S xᵀ or Sᵀ dyᵀ."""
+    return bool(product.nnz) and product.rows > DECODE_ROWS
 
 
 def _crossover(product: Product) -> int:
@@ -392,5 +397,5 @@ class Gather:
 def gather_tile(product: Product) -> Gather:
     """128 bytes of xᵀ an entry, 16 a thread; no more entries at a time than a row has on average."""
     rows = min(128 // product.dtype.itemsize, power_of_two(product.rows, 16, 64))
-    entries = power_of_two(product.nnz // product.n, 4, 32)
+    entries = power_of_two(product.nnz // product.outputs, 4, 32)
     return Gather(entries, rows, min(max(entries * rows // 512, 1), 4))

@@ -17,10 +17,11 @@ from rosa_fx.kernels import heuristics, inductor, lower_grads
 from rosa_fx.kernels.bases.fourbit import NESTED_BLOCKSIZE, FourBitFormat, _dynamic_map
 from rosa_fx.kernels.heuristics import Product, Tiles
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.lower_sparse import sparse_product, sparse_timer
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
-from rosa_fx.kernels.triton_templates import INT8_STEP, sparse_template, template
+from rosa_fx.kernels.triton_templates import INT8_STEP, template
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
@@ -184,7 +185,7 @@ def _fused(operands: Operands, timed: bool) -> Any:
         inputs += [operands.thin, _factor(operands)]
     examples = _code_examples(operands)
     if heuristics.gathers(product):
-        inputs.append(_sparse_product(operands))
+        inputs.append(sparse_product(operands.x, operands.sparse, product))
     else:
         examples |= _csr_examples(operands, len(inputs))
         inputs += operands.sparse
@@ -206,28 +207,10 @@ def _fused(operands: Operands, timed: bool) -> Any:
     )
 
 
-def _sparse_product(operands: Operands) -> Any:
-    """S xᵀ [N, M]."""
-    transposed = lower_grads.transposed(operands.x)
-    return inductor.template_output(
-        "rosa_sparse",
-        sparse_template(),
-        inductor.realize(transposed, *operands.sparse),
-        [operands.product.n, operands.x.get_size()[0]],
-        operands.product.dtype,
-        [_sparse_options(operands.product)],
-    )
-
-
-def _sparse_options(product: Product) -> dict[str, Any]:
-    tile = heuristics.gather_tile(product)
-    return {"BLOCK_S": tile.entries, "BLOCK_K": tile.rows, "num_warps": tile.warps, "num_stages": 1}
-
-
 def _scratch_alternative(operands: Operands, inputs: list[Any]) -> inductor.Alternative:
     """The scratch buffer and the library's product, timed one after the other on tensors like `inputs` of the fused kernel.
 
-    What S xᵀ takes, which only the fused kernel needs, is subtracted.
+    What the sparse part takes that only the fused kernel needs is subtracted.
     """
     product = operands.product
     n, k = operands.layout.shape
@@ -240,11 +223,7 @@ def _scratch_alternative(operands: Operands, inputs: list[Any]) -> inductor.Alte
     timer = inductor.template_timer(
         template("scratch", product.kind), [*own, *csr], size, product.dtype, _dense_options(operands, joined)
     )
-    gathering = None
-    if operands.sparse:
-        x = inductor.realize(lower_grads.transposed(operands.x))[0]
-        made = [n, operands.x.get_size()[0]]
-        gathering = inductor.template_timer(sparse_template(), [x, *csr], made, product.dtype, _sparse_options(product))
+    gathering = sparse_timer(operands.x, operands.sparse, product) if operands.sparse else None
 
     def time(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> float:
         dense = torch.empty(size, dtype=product.dtype, device=out.device)
@@ -264,8 +243,7 @@ def _scratch_alternative(operands: Operands, inputs: list[Any]) -> inductor.Alte
 
         spent += inductor.time_call(multiply, out.device)
         if gathering is not None:
-            result = torch.empty(n, x.shape[0], dtype=product.dtype, device=out.device)
-            spent -= gathering(x.t().contiguous(), *entries, out=result)
+            spent -= gathering(x, entries)
         return max(spent, 1e-6)
 
     return inductor.Alternative("rosa_scratch_and_mm", time, lambda: _scratch(operands))

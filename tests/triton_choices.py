@@ -45,7 +45,8 @@ def test_autotuning_times_the_tiles_and_keeps_one(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "entries", "transposed"), [("nf4 nested", "none", False), ("int8", "none", True), ("nf4", "random", False)]
+    ("name", "entries", "transposed"),
+    [("nf4 nested", "none", False), ("int8", "none", True), ("nf4", "random", False), ("fp4", "random", True)],
 )
 def test_autotuning_decides_between_the_loop_and_a_scratch_buffer(
     monkeypatch: pytest.MonkeyPatch, name: str, entries: str, transposed: bool

@@ -87,37 +87,43 @@ def test_fused_and_scratch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for fused in (True, False):
         monkeypatch.setattr(heuristics, "fuse", lambda product, fused=fused: fused)
         for transposed in (False, True):
-            entries = "none" if fused and transposed else "random"
-            code = check(build(FORMATS["nf4"], 70, (50, 66), entries=entries, transposed=transposed))
+            code = check(build(FORMATS["nf4"], 70, (50, 66), transposed=transposed))
             # x Aᵀ is the library's either way; from a scratch buffer also the large product and, in float32, (x Aᵀ) Bᵀ.
             assert len(calls(code, "extern_kernels")) == (1 if fused else 3)
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "rows", "entries"),
+    ("name", "dtype", "rows", "entries", "transposed"),
     [
-        ("nf4", torch.bfloat16, 17, "random"),
-        ("nf4", torch.bfloat16, 70, "one row"),
-        ("fp4", torch.float32, 33, "empty rows"),
-        ("int8", torch.bfloat16, 33, "random"),
-        ("dense", torch.float16, 40, "random"),
+        ("nf4", torch.bfloat16, 17, "random", False),
+        ("nf4", torch.bfloat16, 70, "one row", False),
+        ("fp4", torch.float32, 33, "empty rows", False),
+        ("int8", torch.bfloat16, 33, "random", False),
+        ("dense", torch.float16, 40, "random", False),
+        ("nf4", torch.bfloat16, 17, "random", True),
+        ("int8", torch.float32, 33, "one row", True),
+        ("dense", torch.bfloat16, 40, "empty rows", True),
     ],
 )
 def test_many_rows_start_from_the_sparse_part(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, rows: int, entries: str
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, rows: int, entries: str, transposed: bool
 ) -> None:
     """Rows and columns that no tile divides, a row longer than a step, rows without an entry: S xᵀ of a kernel of its own."""
     monkeypatch.setattr(heuristics, "fuse", lambda product: True)
-    code = check(build(FORMATS[name], rows, (50, 66), entries=entries, dtype=dtype))
+    code = check(build(FORMATS[name], rows, (50, 66), entries=entries, dtype=dtype, transposed=transposed))
     assert sum("_tem_" in kernel for kernel in kernels(code)) == 2
     assert len(calls(code, "extern_kernels")) == 1
+    assert len(calls(code, "torch.ops.rosa_fx.by_column")) == transposed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_budget_of_a_sparse_part_of_its_own(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_error_budget_of_a_sparse_part_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, transposed: bool
+) -> None:
     """S xᵀ is rounded to the dtype once, as adapter libraries round it."""
     monkeypatch.setattr(heuristics, "fuse", lambda product: True)
-    within_budget(build(FORMATS["nf4"], 64, (64, 128), rank=12, entries="random", dtype=dtype))
+    shape = (128, 64) if transposed else (64, 128)
+    within_budget(build(FORMATS["nf4"], 64, shape, rank=12, entries="random", dtype=dtype, transposed=transposed))
 
 
 def test_layers_with_one_input_transpose_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

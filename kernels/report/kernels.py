@@ -184,12 +184,12 @@ _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def _all() -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     for label, kind, fields in _FORMATS:
-        # A sparse part goes with few rows; grad-input kernels have none (heuristics.fuse).
+        # A sparse part goes with few rows; grad-input kernels of few rows have none (heuristics.fuse).
         for rows in (TRAINING, DECODE, ONE):
             found.append(_linear(label, kind, rows, False, rows <= heuristics.DECODE_ROWS, **fields))
         found += [_linear(label, kind, rows, True, False, **fields) for rows in (TRAINING, DECODE)]
     # With so many rows it is only for an autotuner to choose.
-    found.append(_linear("nf4 + sparse", "nf4", TRAINING, False, True))
+    found += [_linear("nf4 + sparse", "nf4", TRAINING, transposed, True) for transposed in (False, True)]
     found.append(_sparse())
     for label, kind, fields in _FORMATS[:4]:
         found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]

@@ -72,3 +72,22 @@ class Sparse(Term):
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         values, row_offsets, cols = tensors
         return [dW[row_ids(row_offsets, values.numel()), cols.long()].to(values.dtype)]
+
+
+@torch.library.custom_op("rosa_fx::by_column", mutates_args=())
+def by_column(values: Tensor, row_offsets: Tensor, cols: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sᵀ in CSR for S [N, columns]: values [nnz], offsets int32 [columns + 1], and the row of each entry, int32 [nnz].
+
+    Entries of a column are in order of their rows. Those behind the last offset, as of a mask that was never set, are in none.
+    Does not wait for the device.
+    """
+    entry = torch.arange(cols.numel(), dtype=row_offsets.dtype, device=cols.device)
+    key, order = torch.where(entry < row_offsets[-1], cols, columns).sort(stable=True)
+    rows = torch.searchsorted(row_offsets[1:], order.to(row_offsets.dtype), right=True, out_int32=True)
+    bounds = torch.arange(columns + 1, dtype=key.dtype, device=key.device)
+    return values[order], torch.searchsorted(key, bounds, out_int32=True), rows
+
+
+@by_column.register_fake
+def _(values: Tensor, row_offsets: Tensor, cols: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(values), row_offsets.new_empty(columns + 1), torch.empty_like(cols)
