@@ -146,8 +146,7 @@ def test_tiles_few_rows_and_the_whole_weight_agree(
                 if how == "whole":
                     patch.setattr(composition, "_source", lambda *a: None)
                 patch.setattr(composition, "FEW_ROWS", 64 if how == "few" else 0)
-                patch.setattr(composition, "_ROWS_TILE_BYTES", 1)
-                patch.setattr(composition, "_COLUMNS_TILE_BYTES", 1)
+                patch.setattr(composition, "_TILE_BYTES", 1)
                 patch.setattr(composition, "_TILE_OUTPUTS", 13)
                 patch.setattr(composition, "_PANEL", 5)
                 y = ops.linear(x, bias, case.base, case.delta, layout.key)
@@ -177,6 +176,7 @@ def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -
 def test_gemm_of_both_libraries(monkeypatch: pytest.MonkeyPatch, preferred: bool, transposed: bool) -> None:
     """Float32 in full precision by either library, into given memory or new, with and without bias, and with nothing to sum."""
     monkeypatch.setattr(gemm, "_prefers_onednn", lambda: preferred)
+    monkeypatch.setattr(gemm, "_LONGEST_SUM", 100)
     for M, K, N in ((33, 257, 65), (1, 64, 3), (0, 4, 4), (4, 0, 4)):
         x, right = torch.randn(M, K), torch.randn(N, K).t() if transposed else torch.randn(K, N)
         bias = torch.randn(N)
@@ -184,6 +184,7 @@ def test_gemm_of_both_libraries(monkeypatch: pytest.MonkeyPatch, preferred: bool
         out = torch.full((M, N + 2), float("nan"))
         results = [gemm.product(x, right), gemm.product(x, right, out=out[:, 1:-1])]
         results += [result - bias for result in (gemm.product(x, right, bias), gemm.product(x, right, bias, torch.empty(M, N)))]
+        results += [gemm.product(x, [right[start:stop] for start, stop in gemm.blocks(K)])] if K else []
         size = x.double().abs() @ right.double().abs() + bias.abs()
         for result in results:
             assert bool(((result - exact).abs() <= (K + 2) * torch.finfo(torch.float32).eps * size).all())
@@ -197,7 +198,7 @@ def test_the_library_is_chosen_by_the_processor_alone(monkeypatch: pytest.Monkey
         monkeypatch.setattr(gemm, "_maker", lambda maker=maker: maker)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         chosen[maker] = gemm.onednn_is_faster()
-        with torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
             assert not gemm.onednn_is_faster()
     gemm._prefers_onednn.cache_clear()
     assert chosen == {"GenuineIntel": False, "AuthenticAMD": torch.backends.mkl.is_available(), "": False}

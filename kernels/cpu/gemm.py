@@ -12,28 +12,67 @@ to round as before.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_LONGEST_SUM = 1024
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+
+def product(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """left @ right + bias [M, N] of left [M, K], right [K, N] and bias [N], all of one dtype; in `out` (any strides) if given.
 
+    `right` may be given as its rows in `blocks(K)`, which spares a copy where they do not lie like that in one tensor.
     Not differentiable where `out` is given or oneDNN is used: for the bodies of operators.
     """
-    if left.dtype == torch.float32 and left.device.type == "cpu" and left.numel() and right.numel() and onednn_is_faster():
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    if by_onednn(left.dtype, left.device) and left.numel() and out_columns(right):
+        made = _onednn(left, right, bias)
         return made if out is None else out.copy_(made)
+    if not isinstance(right, Tensor):
+        right = torch.cat(list(right))
     if bias is None:
         return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
     return torch.addmm(bias, left, right) if out is None else torch.addmm(bias, left, right, out=out)
 
 
+def out_columns(right: Tensor | Sequence[Tensor]) -> int:
+    return (right if isinstance(right, Tensor) else right[0]).shape[1]
+
+
+def blocks(depth: int) -> list[tuple[int, int]]:
+    """[start, stop) of the parts in which oneDNN sums a float32 product of that depth.
+
+    It adds up all of a sum in one register, and the error grows with its length: twice MKL's at 4096.
+    """
+    return [(start, min(depth, start + _LONGEST_SUM)) for start in range(0, depth, _LONGEST_SUM)]
+
+
+def _onednn(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise
+    total: Tensor | None = None
+    for index, (start, stop) in enumerate(blocks(left.shape[1])):
+        part = right[start:stop] if isinstance(right, Tensor) else right[index]
+        if not (part.is_contiguous() or part.t().is_contiguous()):
+            # Anything else is multiplied element by element.
+            part = part.t().contiguous().t() if part.stride(0) == 1 else part.contiguous()
+        if total is None:
+            total = linear(left[:, start:stop], part.t(), bias, "none", [], "")
+        else:
+            total = linear.binary(left[:, start:stop], total, part.t(), None, "add")
+    assert total is not None
+    return total
+
+
+def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of that dtype there are oneDNN's, in `blocks`."""
+    return dtype == torch.float32 and device.type == "cpu" and onednn_is_faster()
+
+
 def onednn_is_faster() -> bool:
     """Whether float32 products go to oneDNN. `torch.backends.mkldnn.flags(enabled=False)` keeps them from it."""
-    return _prefers_onednn() and torch.backends.mkldnn.enabled
+    return _prefers_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 @functools.cache
