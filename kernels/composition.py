@@ -8,6 +8,7 @@ Cost of a product of M rows with a weight [N, K], over that of the GEMM of a fro
     few rows      the same decoding and M·N·K multiply-adds from the L1 cache; no tile.
     dy W          the GEMM of low precision reads its right operand down the rows: it is slower by a tenth where these are
                   long. So the tile is a row of panels, each narrow and by itself, filled in one pass over the weight.
+    S apart       where the tile is in low precision, in which S would be lost: M·nnz multiply-adds and M·(K + N) elements.
     whole         the weight dequantised, N·K elements written and read; S scattered into it.
     low rank      x Aᵀ and (x Aᵀ) Bᵀ: R·(1/N + 1/K) of the GEMM's operations, and one pass over y.
 
@@ -60,12 +61,19 @@ def product(
     ]
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     source = _source(x, base, folded, parsed)
+    if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
+        out = _few(flat, bias, source, beside, parsed)
+        return out.view(*x.shape[:-1], out.shape[-1])
+    apart = source if folded and x.dtype in _LOW and native(x.dtype) else None
+    if apart is not None:
+        folded = []
+        source = _source(x, base, folded, parsed)
     if source is None:
         out = _whole(flat, bias, base, folded, beside, parsed, transposed)
-    elif not transposed and flat.shape[0] <= FEW_ROWS:
-        out = _few(flat, bias, source, beside, parsed)
     else:
         out = _tiled(flat, bias, source, beside, parsed, transposed)
+    if apart is not None:
+        apart.add_sparse(_region(parsed), flat, out, transposed)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import fingerprint
 from rosa_fx.kernels.bases.base import BaseFormat, base_from_spec
+from rosa_fx.memory import give_back
 from rosa_fx.module_class import share_class
 from rosa_fx.packed import PackedWeight, find_packed, forget_quantiser, take_over
 from rosa_fx.passes.install import install
@@ -17,6 +18,9 @@ from rosa_fx.spec import RosaSpec
 from rosa_fx.state import ATTRIBUTE, RosaState, is_transformed, state_of, weight_of
 from rosa_fx.targets import Target, select_targets
 from rosa_fx.weight import FrozenBase, LowRankParameters, RosaWeight, SparseParameters
+
+# Times in a transform that freed memory goes back to the system: what is held meanwhile is that share of the weights.
+_GIVE_BACK_TIMES = 16
 
 
 def transform(model: nn.Module, spec: RosaSpec, *, strict: bool = False) -> nn.Module:
@@ -43,7 +47,7 @@ def transform(model: nn.Module, spec: RosaSpec, *, strict: bool = False) -> nn.M
     requires_grad = {name: p.requires_grad for name, p in inner.named_parameters(remove_duplicate=False)}
     dtype = model_dtype(inner)
     packed = {id(owner) for target in targets for owner, name in target.owners if find_packed(owner, name) is not None}
-    weights = {target.name: _attach(target, spec, strict, dtype) for target in targets}
+    weights = _attach_all(targets, spec, strict, dtype)
     for owner in {id(owner): owner for target in targets for owner, _ in target.owners}.values():
         share_class(owner)
         if id(owner) in packed:
@@ -95,6 +99,19 @@ def planned_base(target: Target, spec: RosaSpec, default: torch.dtype) -> tuple[
         return packed.format, packed.dtype or default, packed
     module, attribute = target.owners[0]
     return base_from_spec(target.base, spec.blocksize, spec.double_quant), getattr(module, attribute).dtype, None
+
+
+def _attach_all(targets: list[Target], spec: RosaSpec, strict: bool, default: torch.dtype) -> dict[str, RosaWeight]:
+    """Weight by weight; what was replaced goes back to the system meanwhile, so that a model that barely fits will do."""
+    total = sum(getattr(*target.owners[0]).nbytes for target in targets)
+    weights, replaced = {}, 0
+    for target in targets:
+        replaced += getattr(*target.owners[0]).nbytes
+        weights[target.name] = _attach(target, spec, strict, default)
+        if replaced * _GIVE_BACK_TIMES >= total:
+            give_back()
+            replaced = 0
+    return weights
 
 
 def _attach(target: Target, spec: RosaSpec, strict: bool, default: torch.dtype) -> RosaWeight:

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from captured_models import FUSED, Tail, assert_close, assert_equal, captured, i
 from torch import nn
 
 import rosa_fx
-from rosa_fx import RosaSpec
+from rosa_fx import RosaSpec, attach
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -151,3 +152,13 @@ def test_state_dict_goes_into_an_equally_transformed_model(phase: str, assign: b
     call, reports = captured(other)
     assert_close(step(call, other, x), step(model, model, x))
     assert reports[0].counts == FUSED
+
+
+def test_transform_gives_back_what_it_replaced_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each return of memory to the system all originals before it are gone: a model that barely fits will do."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(32)))
+    originals = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    monkeypatch.setattr(attach, "give_back", lambda: alive.append(sum(original() is not None for original in originals)))
+    rosa_fx.transform(model, RosaSpec(rank=4, density=0.01))
+    assert alive == list(range(30, -1, -2))

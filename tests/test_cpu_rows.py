@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -152,13 +153,31 @@ def test_tiles_few_rows_and_the_whole_weight_agree(
                 y = ops.linear(x, bias, case.base, case.delta, layout.key)
                 results.append((y, ops.linear_t(dy, bias_t, case.base, case.delta, layout.key)))
         wide = case.layout64 if region is None else case.layout64.part(region)
-        inputs = ((x, bias, ops.linear), (dy, bias_t, ops.linear_t))
-        for (plain, *others), (operand, b, call) in zip(zip(*results, strict=True), inputs, strict=True):
+        inputs = (
+            (x, bias, ops.linear, plain_weights(case, layout)),
+            (dy, bias_t, ops.linear_t, plain_weights(case, layout, True)),
+        )
+        for results_of_one, (operand, b, call, weights) in zip(zip(*results, strict=True), inputs, strict=True):
             exact = call(operand.double(), b.double(), [case.base64] if base == "dense" else case.base, case.delta64, wide.key)
+            # The products of an adapter library, each rounded, and added.
+            plain = F.linear(operand, weights[0], b.to(dtype)) + F.linear(operand, weights[1])
+            plain = plain + F.linear(F.linear(operand, weights[2]), weights[3]) * case.layout.terms[0].scale
             allowed = 1.1 * (plain.double() - exact).square().mean().sqrt() + 2**-24 * exact.square().mean().sqrt()
-            for other in others:
-                assert other.dtype == dtype
-                assert (other.double() - exact).square().mean().sqrt() <= allowed
+            for ours in results_of_one:
+                assert ours.dtype == dtype
+                assert (ours.double() - exact).square().mean().sqrt() <= allowed
+
+
+def plain_weights(case: Any, layout: Layout, transposed: bool = False) -> list[Tensor]:
+    """D(Q), S, A and B of that part of the weight in its dtype, or what takes their places where the weight is multiplied."""
+    dtype, shape = layout.dtype, layout.shape
+    named = dict(zip(case.names, case.delta, strict=True))
+    W = layout.base.dequantize(case.base, shape, dtype)
+    S = torch.zeros(shape, dtype=dtype).index_put(case.rows_cols, named["values"].to(dtype))
+    row, row_stop, column, column_stop = layout.region or (0, shape[0], 0, shape[1])
+    W, S = (matrix[row:row_stop, column:column_stop] for matrix in (W, S))
+    A, B = named["A"][:, column:column_stop].to(dtype), named["B"][row:row_stop].to(dtype)
+    return [W.t(), S.t(), B.t(), A.t()] if transposed else [W, S, A, B]
 
 
 def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +188,50 @@ def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -
     with torch.inference_mode():
         composition._scratch("test inference", (2,), torch.float32)
     composition._scratch("test inference", (2,), torch.float32).add_(1)
+
+
+@FUZZ
+@given(
+    sizes,
+    sizes,
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 15, 64, 65, 200]),
+    st.floats(0, 1),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_sparse_product_is_added_in_float32(
+    N: int, K: int, dtype: torch.dtype, value_t: torch.dtype, M: int, cut: float, transposed: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    form = base_format("dense")
+    csr = random_csr(N, K, 0.1, value_t, generator)
+    row, column = int(cut * (N - 1)), int((1 - cut) * (K - 1))
+    source = rows.source((N, K), form.stored([torch.zeros(N, K)]), csr)
+    assert source is not None
+    mask, S = Mask(csr[1], csr[2], (N, K)), torch.zeros(N, K, dtype=torch.float64)
+    S[mask.rows(), mask.cols.long()] = csr[0].double()
+    part = S[row:, column:] if transposed else S[row:, column:].t()
+    x = torch.randn(part.shape[0], M, generator=generator).to(dtype).t()
+    x = x if seed % 2 else x.contiguous()
+    before = torch.randn(M, part.shape[1], generator=generator).to(dtype)
+    exact, size = before.double() + x.double() @ part, before.double().abs() + x.double().abs() @ part.abs()
+    outputs = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            held = torch.full((M, part.shape[1] + 2), float("nan"), dtype=dtype)
+            held[:, :-2] = before
+            source.add_sparse((row, N, column, K), x, held[:, :-2], transposed)
+            assert bool(held[:, -2:].isnan().all())
+            outputs.append(held[:, :-2])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outputs)
+    roundings = torch.finfo(torch.float32).eps * (part.shape[0] + 2) * size + torch.finfo(dtype).eps * exact.abs()
+    assert bool(((outputs[0].double() - exact).abs() <= roundings + torch.finfo(dtype).smallest_normal).all())
 
 
 @pytest.mark.parametrize("transposed", [False, True])

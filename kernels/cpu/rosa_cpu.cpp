@@ -20,4 +20,5 @@
 #include "rows.cpp"
 #include "scatter.cpp"
 #include "sddmm.cpp"
+#include "spmm.cpp"
 #include "topk.cpp"

@@ -70,6 +70,26 @@ class Source:
         if failed:
             raise MemoryError(f"no scratch memory for a row of {region[3] - region[2]} weights")
 
+    def add_sparse(self, region: Region, x: Tensor, out: Tensor, transposed: bool) -> None:
+        """out [M, rows] += x [M, columns] times the transpose of that part of S alone; x [M, rows] and out [M, columns] with
+        S itself if `transposed`. Summed in float32, and added with one rounding. x of any strides, rows of out adjacent
+        elements; float32, bfloat16 or float16. Raises as `write`."""
+        failed = self._library.rosa_spmm(
+            ctypes.byref(self._rows),
+            *region,
+            transposed,
+            x.data_ptr(),
+            sparse.DTYPES[x.dtype],
+            *x.stride(),
+            x.shape[0],
+            out.data_ptr(),
+            sparse.DTYPES[out.dtype],
+            out.stride(0),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no scratch memory for the sparse entries of {region[1] - region[0]} rows")
+
     def few(self, region: Region, x: Tensor, out: Tensor) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, all float32, rows of x and out adjacent
         elements. For few rows of x: the weight is decoded in the L1 cache and never stored. Raises as `write`."""
@@ -92,6 +112,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.rosa_write_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i32, i64, i64, i64, i32]
     library.rosa_write_rows.restype = i32
+    library.rosa_spmm.argtypes = [ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64, i32]
+    library.rosa_spmm.restype = i32
     library.rosa_few_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32]
     library.rosa_few_rows.restype = i32
     return library
