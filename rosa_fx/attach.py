@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rosa_fx.distributed.gradients import hide_from_ddp
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import fingerprint
 from rosa_fx.kernels.bases.base import BaseFormat, base_from_spec
@@ -61,6 +62,7 @@ def transform(model: nn.Module, spec: RosaSpec, *, strict: bool = False) -> nn.M
     for weight in weights.values():
         _make_trainable(weight)
     setattr(inner, ATTRIBUTE, state)
+    hide_from_ddp(inner, weights.values())
     forget_quantiser(inner)
     install()
     return model

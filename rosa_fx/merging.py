@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rosa_fx.distributed.gradients import hide_from_ddp, show_to_ddp
 from rosa_fx.errors import RosaError
 from rosa_fx.merge_report import MergeReport
 from rosa_fx.module_class import own_class, share_class
@@ -106,6 +107,7 @@ def _merge_dense(inner: nn.Module, state: RosaState) -> Callable[[], None]:
     for name, parameter in inner.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(state.requires_grad.get(name, False))
     delattr(inner, ATTRIBUTE)
+    show_to_ddp(inner)
     forget_quantiser(inner)
 
     def undo() -> None:
@@ -121,6 +123,7 @@ def _merge_dense(inner: nn.Module, state: RosaState) -> Callable[[], None]:
         for name, parameter in inner.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(trains.get(name, False))
         setattr(inner, ATTRIBUTE, state)
+        hide_from_ddp(inner, state.weights.values())
 
     return undo
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.distributed.gradients import hide_from_ddp, show_to_ddp
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.bases.base import BaseFormat
 from rosa_fx.kernels.bases.fourbit import BLOCKSIZES, NESTED_BLOCKSIZE, FourBitFormat
@@ -54,6 +55,7 @@ def merge_same(
     for parent, name, _, new in places:
         parent._modules[name] = new
     delattr(inner, ATTRIBUTE)
+    show_to_ddp(inner)
     for name, parameter in inner.named_parameters(remove_duplicate=False):
         if parameter.is_floating_point() and name in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[name])
@@ -67,6 +69,7 @@ def merge_same(
         for name, value in quantiser.items():
             _put(inner, name, value)
         setattr(inner, ATTRIBUTE, state)
+        hide_from_ddp(inner, state.weights.values())
         for name, parameter in inner.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(trains.get(name, False))
 

@@ -3,102 +3,22 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rosa_fx.errors import NonFiniteError, RosaError
-from rosa_fx.kernels.cpu.sparse import select_topk
-from rosa_fx.kernels.terms.collect import CollectTopK
+from rosa_fx.collector import Collector
+from rosa_fx.distributed.collect import SharedCollection
+from rosa_fx.distributed.gradients import Averaging
+from rosa_fx.distributed.processes import processes_of
+from rosa_fx.distributed.start import start_together
+from rosa_fx.distributed.tensors import is_sharded
+from rosa_fx.errors import RosaError
 from rosa_fx.mask import Mask
 from rosa_fx.state import state_of
 from rosa_fx.weight import RosaWeight
-
-
-class Collector:
-    """What one weight has collected: a mask straight from one gradient, or a float32 sum over several.
-
-    `single` is set when one backward call is all there will be: the dense gradient is then dropped at once. `limit` is the
-    number of backward calls that the caller declared, if any.
-    """
-
-    def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None) -> None:
-        assert weight.sparse is not None
-        self.name, self.weight, self.mode, self.single, self.limit = name, weight, mode, single, limit
-        self.nnz = weight.sparse.values.numel()
-        self.count = 0
-        self.total: Tensor | None = None
-        self.mask: Mask | None = None
-        self.overlapping = False
-
-    @torch.no_grad()
-    def add_gradient(self, probe: Tensor) -> None:
-        """Hook: the dense gradient of this backward call."""
-        gradient, probe.grad = probe.grad, None
-        assert gradient is not None
-        self.count += 1
-        if self.single:
-            self.mask = self._select(gradient.abs_())
-            return
-        score = gradient.square_() if self.mode == "mean_squared" else gradient
-        self.total = score if self.total is None else self.total.add_(score)
-
-    @torch.no_grad()
-    def add_mask(self, probe: Tensor) -> None:
-        """Hook: the mask that a compiled graph selected in this backward call."""
-        encoded, probe.grad = probe.grad, None
-        assert encoded is not None
-        self.count += 1
-        calls, rows, cols = CollectTopK.decode(encoded)
-        self.overlapping |= calls != 1
-        if not self.overlapping:
-            self._refuse_not_finite(cols)
-            self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
-
-    def finish(self) -> Mask:
-        """The mask. Raises RosaError, naming the weight, for gradients that are not finite or cannot be told apart."""
-        expected = 1 if self.single else self.limit
-        if self.overlapping and self.count == 1:
-            raise RosaError(
-                f"{self.name}: it is read several times, and the compiled code chose a mask for each of them: a torch.compile "
-                "backend other than 'inductor' does not run the pass that joins them, and a graph break may part them. Call "
-                "the model itself in the collecting step, or give MaskSchedule micro_batches=2, which sums dense gradients"
-            )
-        if expected is not None and self.count > expected:
-            raise RosaError(
-                f"{self.name}: its gradient arrived in {self.count} parts while {expected} backward call(s) were "
-                "expected; give MaskSchedule the number of backward calls per optimizer step (micro_batches=...)"
-            )
-        if self.mask is not None:
-            return self.mask
-        if self.total is None:
-            warnings.warn(f"{self.name} received no gradient while masks were collected: its mask is arbitrary", stacklevel=4)
-            device = self.weight.base.tensors()[0].device
-            return self._select(torch.zeros(self.weight.matrix, device=device))
-        return self._select(self.total.abs_())
-
-    def _select(self, score: Tensor) -> Mask:
-        row_offsets, cols = select_topk(score, self.nnz)
-        self._refuse_not_finite(cols)
-        return Mask(row_offsets, cols, self.weight.matrix)
-
-    def largest(self) -> Tensor | None:
-        """The largest size in the sum so far, a scalar: NaN or infinite if anything in it is. None without a sum."""
-        return None if self.total is None or not self.total.numel() else torch.linalg.vector_norm(self.total, float("inf"))
-
-    def not_finite(self) -> NonFiniteError:
-        """The error that says that this weight's gradient cannot be used."""
-        squares = " or a square beyond float32" if self.mode == "mean_squared" and not self.single else ""
-        return NonFiniteError(
-            f"{self.name}: its gradient holds NaN or infinity{squares}, so no mask can be chosen from it; check the batch and "
-            "the loss of this step, or lower the learning rate of the warm-up"
-        )
-
-    def _refuse_not_finite(self, cols: Tensor) -> None:
-        if self.nnz and int(cols.min()) < 0:
-            raise self.not_finite()
 
 
 def parse_schedule(schedule: str, has_low_rank: bool, has_sparse: bool) -> tuple[int | None, int | None]:
@@ -112,6 +32,9 @@ def parse_schedule(schedule: str, has_low_rank: bool, has_sparse: bool) -> tuple
         return 0, 0
     assert match is not None
     return int(match[1]), int(match[1])
+
+
+_averaging: WeakKeyDictionary[RosaWeight, Averaging] = WeakKeyDictionary()  # one for each model, by its first weight
 
 
 class MaskSchedule:
@@ -128,6 +51,11 @@ class MaskSchedule:
     call in all, at most one layer's dense gradient exists at a time; otherwise one float32 sum per rewritten weight is kept
     (4 bytes per base parameter), and compiled graphs hand over as much again at the end of each backward.
 
+    In several processes (`torch.distributed` is initialised) make it in all of them, before or after DDP wraps the model.
+    Each backward call of each process counts as one gradient, and all get the same masks, those that one process would make
+    of the same micro-batches. With one backward call in each process a gradient is summed over them as it arrives.
+    They begin with the adapters of rank 0. Sparse values train later than DDP expects: their gradients are averaged here.
+
     Args:
         model: transformed.
         schedule: the spec's if not given.
@@ -137,6 +65,8 @@ class MaskSchedule:
         micro_batches: backward calls per optimizer step. If not given it is counted during warm-up steps; without any,
             several are assumed.
         can_skip: allow `skip_step`. With `num_grads` above 1 the sums are then kept twice during later collecting steps.
+        process_group: the processes that train together, if not all.
+        averages: False: you average the sparse values' gradients over processes yourself, as you do those of A and B.
 
     Raises:
         RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a gradient
@@ -153,6 +83,8 @@ class MaskSchedule:
         *,
         micro_batches: int | None = None,
         can_skip: bool = False,
+        process_group: Any = None,
+        averages: bool = True,
     ) -> None:
         state = state_of(model)
         self._weights = state.weights
@@ -181,6 +113,12 @@ class MaskSchedule:
         self._counted = 0
         self._learned: int | None = None
         self._counter_handle: Any = None
+        self._processes = processes_of(process_group)
+        self._collection: SharedCollection | None = None
+        self._averaging: Averaging | None = None
+        if not self._processes.alone:
+            start_together(self._weights, self._processes)
+            self._average_values(averages)
         if self.schedule == "spa_only":
             for weight in self._weights.values():
                 if weight.low_rank is not None:
@@ -207,6 +145,8 @@ class MaskSchedule:
             self._had_masks = self._all_masked()
             self._collectors = {}
         self._apply()
+        if self._averaging is not None:
+            self._averaging.begin()
         if self._can_skip:
             kept = {name: (c.count, None if c.total is None else c.total.clone()) for name, c in self._collectors.items()}
             self._before = kept if self.phase == "collect" else {}
@@ -237,6 +177,12 @@ class MaskSchedule:
 
     def check_collected(self) -> None:
         """While collecting, after backward: raises NonFiniteError, naming the weight, if a sum holds NaN or infinity."""
+        if self._collection is not None:
+            if self.num_grads == 1 and self._calls() == 1:
+                self._collection.finish()
+            else:
+                self._collection.check_finite()
+            return
         sizes = [(collector, size) for collector in self._collectors.values() if (size := collector.largest()) is not None]
         if sizes:
             # One wait for the device, whatever the number of weights.
@@ -278,22 +224,37 @@ class MaskSchedule:
 
     def _apply(self) -> None:
         phase = {"sparse": "joint"}.get(self.phase, self.phase)
-        for name, weight in self._weights.items():
+        for weight in self._weights.values():
             if weight.phase != phase:
                 weight.set_phase(phase)
-            wants = weight.sparse is not None and not weight.sparse.has_mask
-            if phase == "collect" and wants and name not in self._collectors:
-                self._arm(name, weight)
+        if phase == "collect":
+            wanting = [name for name, w in self._weights.items() if w.sparse is not None and not w.sparse.has_mask]
+            self._arm([name for name in wanting if name not in self._collectors])
+        else:
+            self._collection = None
 
-    def _arm(self, name: str, weight: RosaWeight) -> None:
-        calls = self.micro_batches or self._learned
-        single = self.num_grads == 1 and calls == 1
+    def _calls(self) -> int | None:
+        """Backward calls per optimizer step (in each process), if that is known."""
+        return self.micro_batches or self._learned
+
+    def _arm(self, names: list[str]) -> None:
+        single = self.num_grads == 1 and self._calls() == 1
         limit = self.micro_batches and self.micro_batches * self.num_grads
-        collector = Collector(name, weight, self.grad_mode, single, limit)
-        self._collectors[name] = collector
-        weight.start_probes(collector.add_gradient, collector.add_mask if single else None)
+        if names and not self._processes.alone:
+            self._collection = SharedCollection(self._processes, names)
+        for name in names:
+            weight = self._weights[name]
+            if self._collection is None:
+                collector = Collector(name, weight, self.grad_mode, single, limit)
+                weight.start_probes(collector.add_gradient, collector.add_mask if single else None)
+            else:
+                collector = shared = self._collection.collector(name, weight, self.grad_mode, single, limit)
+                weight.start_probes(shared.add_gradient, shared.add_mask if single else None, shared.number)
+            self._collectors[name] = collector
 
     def _make_masks(self) -> dict[str, Mask]:
+        if self._collection is not None:
+            return self._collection.finish()
         return {name: collector.finish() for name, collector in self._collectors.items()}
 
     @torch.no_grad()
@@ -321,13 +282,31 @@ class MaskSchedule:
         if self._counter_handle is not None:
             self._counter_handle.remove()
             self._counter_handle = None
-            # A weight that took no part tells nothing: assume several.
-            self._learned = self._counted or None
+            # A weight that took no part tells nothing, nor do processes that differ: assume several.
+            most, least = self._processes.largest([self._counted, -self._counted])
+            self._learned = self._counted if self._counted and most == -least else None
+
+    # --- several processes ---------------------------------------------------------------------------------------
+
+    def _average_values(self, wanted: bool) -> None:
+        """Look after the sparse values' gradients, which DDP does not know. Those of FSDP are sharded, and it does."""
+        anchors = [w.low_rank.B for w in self._weights.values() if w.low_rank is not None]
+        values = [w.sparse.values for w in self._weights.values() if w.sparse is not None]
+        values = [parameter for parameter in values if not is_sharded(parameter) and parameter.numel()]
+        for key in list(self._weights.values())[:1]:
+            if key in _averaging:
+                _averaging.pop(key).stop()
+            if wanted and values:
+                _averaging[key] = self._averaging = Averaging(values, anchors, self._processes)
 
     # --- exact resume --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Flat: JSON values, and live tensors under `total.<name>`, for an exact continuation. Take it between two steps."""
+    def state_dict(self, *, local: bool = False) -> dict[str, Any]:
+        """Flat: JSON values, and live tensors under `total.<name>`, for an exact continuation. Take it between two steps.
+
+        In several processes it is a collective call, and that of any of them continues in any number of processes. With
+        `local` it is this process's share, see `shared_state`.
+        """
         state: dict[str, Any] = {
             "step": self.step,
             "schedule": self.schedule,
@@ -344,7 +323,22 @@ class MaskSchedule:
             state[f"count.{name}"] = collector.count
             if collector.total is not None:
                 state[f"total.{name}"] = collector.total
-        return state
+        return state if local or self._processes.alone else self.shared_state(state)
+
+    @torch.no_grad()
+    def shared_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of all processes from that of this one, `state_dict(local=True)`: what was collected is summed."""
+        counts = {key: int(value) for key, value in state.items() if key.startswith("count.")}
+        shared = {key: value for key, value in state.items() if not key.startswith("total.")}
+        for key, most in zip(counts, self._processes.largest(list(counts.values())), strict=True):
+            name = key.removeprefix("count.")
+            shared[key] = most
+            total = state.get(f"total.{name}")
+            if most and self.num_grads > 1:
+                weight = self._weights[name]
+                zeros = torch.zeros(weight.matrix, device=weight.base.tensors()[0].device)
+                shared[f"total.{name}"] = self._processes.sum_(zeros if total is None else total.clone())
+        return shared
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. Raises RosaError if it belongs to another schedule."""
@@ -363,5 +357,5 @@ class MaskSchedule:
         for name, collector in self._collectors.items():
             collector.count = int(state.get(f"count.{name}", 0))
             total = state.get(f"total.{name}")
-            if total is not None:
+            if total is not None and self._processes.rank == 0:  # it is the sum over all
                 collector.total = total.to(device=self._weights[name].base.tensors()[0].device, copy=True)

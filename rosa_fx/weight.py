@@ -20,7 +20,7 @@ from rosa_fx.kernels import ops
 from rosa_fx.kernels.bases.base import BaseFormat
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.base import Term
-from rosa_fx.kernels.terms.collect import CollectGradient, CollectTopK
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectShared, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
 from rosa_fx.mask import Mask
@@ -144,6 +144,7 @@ class RosaWeight(nn.Module):
         self.paths: tuple[str, ...] = ()
         self.probe: Tensor | None = None
         self.topk_probe: Tensor | None = None
+        self.shared_masks = False
         self.refresh()
         self.register_load_state_dict_post_hook(_follow_loaded_mask)
         self.register_forward_pre_hook(_no_fast_path)
@@ -208,7 +209,7 @@ class RosaWeight(nn.Module):
         layout = self.layout()
         self.layout_key = layout.key
         self.collect_key = self._with(layout, CollectGradient())
-        self.topk_key = self._with(layout, CollectTopK())
+        self.topk_key = self._with(layout, CollectShared() if self.shared_masks else CollectTopK())
 
     @staticmethod
     def _with(layout: Layout, extra: Term) -> str:
@@ -236,16 +237,22 @@ class RosaWeight(nn.Module):
             self.sparse.has_mask = self.sparse.values.numel() == 0 or int(self.sparse.row_offsets[-1]) > 0
             self.set_phase("joint" if self.sparse.has_mask else "low_rank")
 
-    def start_probes(self, hook: Callable[[Tensor], Any], topk_hook: Callable[[Tensor], Any] | None) -> None:
-        """Arm collection: `hook` gets the probe after each backward; `topk_hook` is for graphs that return the mask."""
+    def start_probes(
+        self, hook: Callable[[Tensor], Any], topk_hook: Callable[[Tensor], Any] | None, receiver: int | None = None
+    ) -> None:
+        """Arm collection: `hook` gets the probe after each backward; `topk_hook` is for graphs that return the mask, or that
+        give the gradient to a receiver of that number (`CollectShared`)."""
         if self.sparse is None:
             return
         device = self.sparse.values.device
         self.probe = torch.zeros((), device=device).expand(self.matrix).requires_grad_()
         self.probe.register_post_accumulate_grad_hook(hook)
         self.topk_probe = None
+        self.shared_masks = receiver is not None
+        self.refresh()
         if topk_hook is not None:
-            self.topk_probe = torch.zeros(1 + 2 * self.sparse.values.numel(), device=device, requires_grad=True)
+            size = 1 + 2 * self.sparse.values.numel() if receiver is None else 1
+            self.topk_probe = torch.full((size,), float(receiver or 0), device=device, requires_grad=True)
             self.topk_probe.register_post_accumulate_grad_hook(topk_hook)
 
     # --- inspection ----------------------------------------------------------------------------------------------

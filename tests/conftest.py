@@ -29,6 +29,7 @@ pytest.register_assert_rewrite(
     "target_models",
     "trainer_models",
     "training_models",
+    "two_processes",
 )
 
 
@@ -112,6 +113,7 @@ def build_case(
         "sparse": [(randn(csr.nnz) * step).to(adapter_dtype), csr.row_offsets, csr.cols],
         "collect_gradient": [torch.zeros(()).expand(shape)],
         "collect_topk": [torch.zeros(1 + 2 * csr.nnz)],
+        "collect_shared": [torch.zeros(1)],
     }
     tensors["low_rank_given"] = [*tensors["low_rank"], torch.empty(0)]  # the product with x follows below
     described = tuple(term(kind, **({"scale": scale} if "low_rank" in kind else {})) for kind in terms)

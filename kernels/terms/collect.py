@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -43,6 +44,33 @@ def select_mask(score: Tensor, nnz: int) -> Tensor:
 @select_mask.register_fake
 def _(score: Tensor, nnz: int) -> Tensor:
     return score.new_empty(1 + 2 * nnz)
+
+
+class Receiver(Protocol):
+    """Takes the dense gradients [N, K] float32 of one weight, one per backward call; each is its own from then on."""
+
+    def take(self, gradient: Tensor) -> None: ...
+
+
+receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
+"""By the number that a `CollectShared` probe holds."""
+
+
+def hand_over(gradient: Tensor, probe: Tensor) -> Tensor:
+    """Give a gradient to the receiver of `probe`; returns what counts the call."""
+    receivers[int(probe)].take(gradient)
+    return torch.ones_like(probe)
+
+
+@torch.library.custom_op("rosa_fx::give_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def give_gradient(gradient: Tensor, probe: Tensor) -> Tensor:
+    """The gradient of a `CollectShared` probe, float32 [1], in a graph that goes on to use the memory of `gradient` [N, K]."""
+    return hand_over(gradient.clone(), probe)
+
+
+@give_gradient.register_fake
+def _(gradient: Tensor, probe: Tensor) -> Tensor:
+    return torch.empty_like(probe)
 
 
 @dataclass(frozen=True)
@@ -105,3 +133,29 @@ class CollectTopK(Term):
         """(number of calls, rows int64 [nnz], columns int64 [nnz]) from a gradient of `probe`."""
         nnz = (grad.numel() - 1) // 2
         return int(grad[0].item()), grad[1 : nnz + 1].long(), grad[nnz + 1 :].long()
+
+
+@dataclass(frozen=True)
+class CollectShared(Term):
+    """The dense weight gradient goes to the receiver whose number `probe` [1] holds, one layer at a time; the gradient of
+    `probe` counts the calls.
+
+    For masks that several processes make together: a sum over processes belongs to the whole gradient of a weight, so its
+    uses are joined as for `CollectTopK`.
+    """
+
+    kind: ClassVar[str] = "collect_shared"
+    tensor_names: ClassVar[tuple[str, ...]] = ("probe",)
+    trainable: ClassVar[tuple[str, ...]] = ("probe",)
+    folds: ClassVar[bool] = True
+    contributes: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+
+    def dense(self, tensors: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> None:
+        return None
+
+    def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [hand_over(weight_gradient(dy, x), tensors[0])]
+
+    def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [hand_over(dW.to(torch.float32, copy=True, memory_format=torch.contiguous_format), tensors[0])]

@@ -6,12 +6,13 @@ from typing import Any
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.terms.base import Term
-from rosa_fx.kernels.terms.collect import CollectGradient, CollectTopK
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectShared, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
 
-TERMS: dict[str, type[Term]] = {term.kind: term for term in (LowRank, Sparse, CollectGradient, CollectTopK, LowRankGiven)}
+_ALL = (LowRank, Sparse, CollectGradient, CollectTopK, CollectShared, LowRankGiven)
+TERMS: dict[str, type[Term]] = {term.kind: term for term in _ALL}
 
 
 def term(kind: str, **fields: Any) -> Term:

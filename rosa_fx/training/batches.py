@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from rosa_fx.errors import RosaError
 from rosa_fx.training.config import TrainConfig
@@ -38,7 +39,9 @@ class BatchSource:
         self._seed = seed
         self._is_loader = isinstance(batches, DataLoader)
         sized = hasattr(batches, "__len__") and hasattr(batches, "__getitem__")
-        self._is_sequence = sized and not self._is_loader
+        self.is_sequence = sized and not self._is_loader
+        # With this sampler every process has a share of its own.
+        self.split = self._is_loader and isinstance(getattr(batches, "sampler", None), DistributedSampler)
         self.one_shot = isinstance(batches, Iterator)
         self.length = _length(batches)
         if self.length == 0:
@@ -46,8 +49,8 @@ class BatchSource:
         self.epoch, self.index = 0, 0
         self._iterator: Iterator[Any] | None = None
 
-    def count_steps(self, config: TrainConfig) -> int:
-        """Optimizer steps of a run over this source; RosaError if they cannot be known."""
+    def count_steps(self, config: TrainConfig, processes: int = 1) -> int:
+        """Optimizer steps of a run of so many processes over this source; RosaError if they cannot be known."""
         if config.max_steps is not None:
             return config.max_steps
         if self.length is None:
@@ -57,7 +60,8 @@ class BatchSource:
             )
         if self.one_shot and config.epochs > 1:
             raise RosaError(f"TrainConfig.epochs is {config.epochs}, but an iterator has one pass: pass a list")
-        return config.epochs * math.ceil(self.length / config.gradient_accumulation)
+        each = config.gradient_accumulation * (1 if self.split else processes)
+        return config.epochs * math.ceil(self.length / each)
 
     def seek(self, epoch: int, index: int) -> None:
         """Go to micro-batch `index` of `epoch`; those before it are skipped."""
@@ -67,7 +71,7 @@ class BatchSource:
         if not self.one_shot:
             self._iterator = None
         self.epoch, self.index = epoch, index
-        if not self._is_sequence:
+        if not self.is_sequence:
             for _ in range(skip):
                 if self._draw() is _END:
                     raise RosaError(
@@ -92,13 +96,15 @@ class BatchSource:
             self.index += 1
         return batch
 
+    def fetch(self, index: int) -> Any:
+        """Micro-batch `index` of this epoch, of a sequence, wherever the source stands."""
+        # One stream per micro-batch: a position can then be sought without making those before it.
+        with Stream(self._seed, self.epoch, index).use():
+            return self._batches[self._order()[index]]
+
     def _draw(self) -> Any:
-        if self._is_sequence:
-            if self.index >= (self.length or 0):
-                return _END
-            # One stream per micro-batch: a position can then be sought without making those before it.
-            with Stream(self._seed, self.epoch, self.index).use():
-                return self._batches[self._order()[self.index]]
+        if self.is_sequence:
+            return self.fetch(self.index) if self.index < (self.length or 0) else _END
         if self._iterator is None:
             self._stream = Stream(self._seed, self.epoch)
             self._seed_loader()

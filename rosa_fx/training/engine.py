@@ -8,28 +8,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.distributed.gradients import average_
+from rosa_fx.distributed.processes import ALONE, Processes
+from rosa_fx.distributed.tensors import is_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.training.batches import count_tokens, target_counter, to_device
 from rosa_fx.training.config import TrainConfig
-from rosa_fx.training.optim import GradientNorm, clip, gradient_norm
+from rosa_fx.training.optim import GradientNorm, clip, gradient_norm, optimizer_parameters
 from rosa_fx.training.rng import untouched
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch as given, the number of targets its mean loss is over, and its input tokens (None: unknown)."""
+    """A micro-batch as given, the number of targets its mean loss is over, its input tokens (None: unknown), and the
+    targets of the whole step (None: those of the micro-batches that are accumulated with it)."""
 
     batch: Any
     weight: float
     tokens: int | None
+    of: float | None = None
 
 
 class Outcome(NamedTuple):
-    """values: float32 [3] on the device: loss, gradient norm, index of the first bad gradient or -1."""
+    """values: float32 [3] on the device: loss, gradient norm, index of the first bad gradient or -1; the same in all
+    processes. own_loss: this process's part of the loss."""
 
     values: Tensor
     norm: GradientNorm
+    own_loss: Tensor
 
 
 class Engine:
@@ -39,6 +46,9 @@ class Engine:
     batch is; without one the batch is a mapping and the loss is `.loss` or `["loss"]` of `model(**batch)`. It is the
     mean over the micro-batch's targets, of which `weight_fn(batch)` (default: `batches.target_counter`) says the
     number. A step's loss is the mean over all its targets, so that accumulated micro-batches equal one large batch.
+
+    With several `processes` each accumulates its own micro-batches; loss and gradients of all are summed in `measure`. Where
+    parameters are sharded, the sums of their gradients are made by FSDP as the backward pass goes on.
     """
 
     def __init__(
@@ -48,8 +58,11 @@ class Engine:
         device: torch.device,
         loss_fn: LossFunction | None,
         weight_fn: Callable[[Any], float] | None,
+        processes: Processes = ALONE,
+        sharded: bool = False,
     ) -> None:
         self.device = device
+        self._processes, self._sharded = processes, sharded
         self.bf16 = config.autocast_to_bf16(device)
         self._max_norm = config.max_grad_norm
         self._loss_fn = loss_fn
@@ -101,7 +114,9 @@ class Engine:
 
     def accumulate(self, group: Sequence[MicroBatch]) -> Tensor:
         """Forward and backward of every micro-batch; returns the step's loss, still on the device."""
-        total = sum(micro.weight for micro in group)
+        total = group[0].of or sum(micro.weight for micro in group)
+        # FSDP takes the mean over processes where a sum is wanted.
+        times = self._processes.size if self._sharded else 1
         step_loss = torch.zeros((), device=self.device)
         for micro in group:
             loss = self.loss(micro.batch)
@@ -110,16 +125,21 @@ class Engine:
                     "the loss does not depend on any trainable parameter: does the model use the weights that were "
                     "transformed, and does loss_fn avoid .item() and torch.no_grad()?"
                 )
-            part = loss.float() * (micro.weight / total)
-            part.backward()
-            step_loss += part.detach()
+            share = micro.weight / total
+            (loss.float() * (share * times)).backward()
+            step_loss += loss.detach().float() * share
         return step_loss
 
     def measure(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Outcome:
         """Gradient norm before clipping, and what the host will need to know of the step."""
+        own = loss.clone()
+        if not self._processes.alone:
+            self._processes.sum_(loss)
+            plain = [p for p in optimizer_parameters(optimizer) if p.requires_grad and not is_sharded(p)]
+            average_(plain, self._processes, share=None if self._sharded else 1.0)
         norm = gradient_norm(optimizer, self.device)
         values = torch.stack([loss.float(), norm.total.float(), norm.first_bad.float()])
-        return Outcome(values, norm)
+        return Outcome(values, norm, own)
 
     def update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
         """Clip and step. Where the host looks late, a bad step updates nothing."""
@@ -140,6 +160,8 @@ class Engine:
         """
         losses: list[Tensor] = []
         weights: list[float] = []
+        last: MicroBatch | None = None
+        seen = 0
         training = self._model.training
         with untouched():
             self._model.eval()
@@ -148,13 +170,19 @@ class Engine:
                     between()
                     micro = self.describe(batch)
                     if micro.weight:
-                        losses.append(self.loss(micro.batch).float())
-                        weights.append(micro.weight)
+                        if seen % self._processes.size == self._processes.rank:
+                            losses.append(self.loss(micro.batch).float())
+                            weights.append(micro.weight)
+                        last, seen = micro, seen + 1
+                if last is not None and self._sharded and self._processes.rank >= seen % self._processes.size > 0:
+                    self.loss(last.batch)  # the others compute one more, and need the shards that are here
             finally:
                 self._model.train(training)
-        if not losses:
+        if last is None:
             raise RosaError("eval_batches holds no target: pass at least one micro-batch whose labels are not all -100")
-        return math.fsum(w * x for w, x in zip(weights, torch.stack(losses).tolist())) / math.fsum(weights)
+        numbers = torch.stack(losses).tolist() if losses else []
+        sums = self._processes.totals([math.fsum(w * x for w, x in zip(weights, numbers)), math.fsum(weights)])
+        return sums[0] / sums[1]
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from rosa_fx.distributed.processes import Processes
+
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -52,6 +54,12 @@ class Stopper:
         """Raise StopRequested if so asked."""
         if self.requested is not None:
             raise StopRequested
+
+    def check_all(self, processes: Processes) -> None:
+        """Raise StopRequested in all processes if any was asked so. A collective call."""
+        (number,) = processes.largest([self.requested or 0])
+        self.requested = number or None
+        self.check()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_fx.attach import trainable_parameters
+from rosa_fx.distributed.tensors import is_sharded, local, norms_over_shards
 from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of
 from rosa_fx.training.config import TrainConfig
@@ -125,7 +126,9 @@ def gradient_norm(optimizer: torch.optim.Optimizer, device: torch.device) -> Gra
     if not parameters:
         return GradientNorm(torch.zeros((), device=device), torch.full((), -1, device=device), [])
     gradients = [p.grad.detach() for p in parameters if p.grad is not None]
-    norms = torch.stack([n.float() for n in torch._foreach_norm(gradients, 2, torch.float32)])
+    wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+    norms = torch.stack([n.float() for n in torch._foreach_norm([local(g) for g in gradients], 2, wide)])
+    norms = norms_over_shards(norms, gradients)
     bad = ~norms.isfinite()
     first = torch.where(bad.any(), bad.int().argmax(), -1)
     return GradientNorm(torch.linalg.vector_norm(norms), first, parameters)
@@ -134,7 +137,11 @@ def gradient_norm(optimizer: torch.optim.Optimizer, device: torch.device) -> Gra
 def clip(norm: GradientNorm, max_norm: float | None) -> None:
     """Scale the gradients so that their norm is at most `max_norm`."""
     if max_norm is not None and norm.parameters:
-        torch.nn.utils.clip_grads_with_norm_(norm.parameters, max_norm, norm.total)
+        if any(map(is_sharded, norm.parameters)):
+            factor = (max_norm / (norm.total + 1e-6)).clamp(max=1.0)  # as torch has it, which does not mix whole and sharded
+            torch._foreach_mul_([local(p.grad) for p in norm.parameters if p.grad is not None], factor)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(norm.parameters, max_norm, norm.total)
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

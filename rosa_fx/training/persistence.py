@@ -17,10 +17,13 @@ from rosa_fx.training.run_state import RunState
 
 
 def snapshot(run: RunState) -> Checkpoint:
-    """The run as it was at its last whole step."""
-    mark = run.mark
-    schedule_tensors, schedule_values = split_state(mark.schedule)
-    random_tensors, random_values = mark.random
+    """The run as it was at its last whole step. In several processes a collective call, which gives all of them the same."""
+    mark, processes = run.mark, run.processes
+    schedule = mark.schedule if processes.alone else run.schedule.shared_state(mark.schedule)
+    schedule_tensors, schedule_values = split_state(schedule)
+    (random_tensors, random_values), *others = processes.gather(mark.random)
+    for rank, (tensors_of, _) in enumerate(others, 1):
+        random_tensors = random_tensors | {f"rank{rank}.{name}": tensor for name, tensor in tensors_of.items()}
     optimizer_tensors, optimizer_values = optimizer_state(run.optimizer, parameter_names(run.model, run.optimizer))
     tensors = {
         "adapter": adapter_state(run.model),
@@ -39,6 +42,7 @@ def snapshot(run: RunState) -> Checkpoint:
         "planned": run.planned,
         "schedule": schedule_values,
         "random": random_values,
+        "random_of_ranks": [values_of for _, values_of in others],
         "optimizer": optimizer_values,
         "evals": run.evals,
         "tokens": run.tokens,
@@ -69,9 +73,19 @@ def restore(run: RunState, found: Checkpoint) -> None:
     run.tokens, run.seconds = state["tokens"], state["seconds"]
     run.last_checkpoint = found.path
     run.source.seek(state["epoch"], state["index"])
-    rng.restore(tensors["random"], state["random"])  # last: all of the above may draw random numbers
+    _restore_random(run, tensors["random"], state)  # last: all of the above may draw random numbers
     run.mark = run.take_mark()
     run.message(f"resumed after step {run.step} from {found.path}")
+
+
+def _restore_random(run: RunState, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    rank, others = run.processes.rank, state.get("random_of_ranks", [])
+    if rank > len(others):
+        rng.seed_all(run.config.seed, rank, run.step)  # the checkpoint was made by fewer processes
+        return
+    prefix = f"rank{rank}." if rank else ""
+    mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    rng.restore(mine, others[rank - 1] if rank else state["random"])
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from rosa_fx import __version__, atomic
 from rosa_fx.adapter_files import save_adapter
 from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of
+from rosa_fx.training import checkpoint as checkpoints
+from rosa_fx.training.metrics import MetricsLog
 from rosa_fx.training.run_state import RunState
 
 RUN = "run.json"
@@ -24,6 +26,33 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a run that was killed left half-written in its folder (checkpoints look after their own)."""
     atomic.remove_leftovers(out, ("metrics.jsonl", RUN, BEST, "adapter"))
     atomic.remove_leftovers(out / BEST, (EVALUATION,))
+
+
+def find_checkpoint(
+    run: RunState, out: Path | None, metrics: MetricsLog, resume: bool
+) -> checkpoints.Checkpoint | None:
+    """The checkpoint to continue from. The folder then holds nothing of what came after it.
+
+    Of several processes one looks and tidies up, and the others read what it found.
+    """
+    if out is None:
+        return None
+    folder, found = out / "checkpoints", None
+
+    def look() -> Path | None:
+        nonlocal found
+        used = checkpoints.list_checkpoints(folder) or (metrics.path and metrics.path.exists())
+        if used and not resume:
+            raise RosaError(f"out ({out}) already holds a run: pass resume=True to continue it, or another folder")
+        found = checkpoints.load_latest(folder, run.message) if resume else None
+        remove_leftovers(out)
+        evals = [int(step) for step in found.state["evals"]] if found else []
+        metrics.truncate(found.step if found else -1, evals)
+        checkpoints.prune(folder, run.config.keep_checkpoints)  # a kill may have come just before that
+        return None if found is None else found.path
+
+    path = run.processes.on_first(look)
+    return checkpoints.load(path) if found is None and path is not None else found
 
 
 def write_run(out: Path, run: RunState) -> None:
@@ -63,17 +92,19 @@ def write_run(out: Path, run: RunState) -> None:
         raise RosaError(f"could not write {file}: {error}; free space or choose another out") from error
 
 
-def save_best(model: nn.Module, out: Path, step: int, loss: float) -> None:
+def save_best(model: nn.Module, out: Path, step: int, loss: float, writes: bool = True) -> None:
     """Save the adapter to `out/best` in place of the one that is there, and its evaluation beside it.
 
     At every moment the old or the new adapter can be loaded. The evaluation goes first and comes last, so that it never
-    stands beside another adapter than its own.
+    stands beside another adapter than its own. Of a sharded model every process must call it, of which one `writes`.
     """
     folder = out / BEST
     try:
-        (folder / EVALUATION).unlink(missing_ok=True)
+        if writes:
+            (folder / EVALUATION).unlink(missing_ok=True)
         save_adapter(model, folder)
-        atomic.write_text(folder / EVALUATION, json.dumps({"step": step, "loss": loss}) + "\n")
+        if writes:
+            atomic.write_text(folder / EVALUATION, json.dumps({"step": step, "loss": loss}) + "\n")
     except OSError as error:
         raise RosaError(f"could not write {folder}: {error}; free space or choose another out") from error
 

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.distributed.processes import ALONE, Processes
 from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.training import checkpoint as checkpoints
 from rosa_fx.training import persistence, rng
 from rosa_fx.training.allocator import tune_allocator
-from rosa_fx.training.batches import END
 from rosa_fx.training.config import TrainConfig
-from rosa_fx.training.engine import Engine, LossFunction, MicroBatch, Outcome
+from rosa_fx.training.engine import Engine, LossFunction, Outcome
 from rosa_fx.training.interrupt import Stopper, uninterrupted
 from rosa_fx.training.metrics import MetricsLog, TrainResult, current_rss, finite, median_rate, peak_rss
 from rosa_fx.training.optim import learning_rate_factor, names_of, set_learning_rates
 from rosa_fx.training.progress import Reporter
-from rosa_fx.training.records import remove_leftovers, save_best, write_run
+from rosa_fx.training.records import find_checkpoint, save_best, write_run
 from rosa_fx.training.run_state import RunState
+from rosa_fx.training.sharing import Drawn, StepBatches
 from rosa_fx.training.tensorboard import TensorBoardLog
 
 _SKIPS_IN_A_ROW = 10  # so many, and the data or the model is broken
@@ -56,17 +57,20 @@ class Run(RunState):
         out: Path | None,
         reporter: Reporter,
         stop: Stopper,
+        processes: Processes = ALONE,
     ) -> None:
-        super().__init__(model, batches, config, reporter)
+        super().__init__(model, batches, config, reporter, processes)
         self.out, self.stop = out, stop
+        self.first = processes.rank == 0  # the one that writes
         self.eval_batches = list(eval_batches) if isinstance(eval_batches, Iterator) else eval_batches
         if self.device.type == "cpu" and config.tune_allocator:
             tune_allocator()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.engine = Engine(model, config, self.device, loss_fn, weight_fn)
+        self.engine = Engine(model, config, self.device, loss_fn, weight_fn, processes, self.sharded)
+        self.batches = StepBatches(self.source, self.engine.describe, processes, config.gradient_accumulation)
         self.folder = out / "checkpoints" if out else None
-        self.metrics = MetricsLog(out / "metrics.jsonl" if out else None)
+        self.metrics = MetricsLog(out / "metrics.jsonl" if out and self.first else None)
         self.tensorboard = TensorBoardLog(None, False, 0)
         self.rates: list[tuple[int, float]] = []  # (tokens, seconds) of each step made here
         self.pending: list[_Pending] = []
@@ -77,38 +81,28 @@ class Run(RunState):
     def start(self, resume: bool) -> None:
         """Begin a fresh run, or continue from the newest checkpoint."""
         try:
-            found = self._find_checkpoint(resume)
+            found = find_checkpoint(self, self.out, self.metrics, resume)
         except OSError as error:
             raise RosaError(f"out ({self.out}) cannot be used: {error}; choose a folder that you may read and write") from error
         if found is not None:
             persistence.restore(self, found)
         if self.out is not None:
-            with rng.untouched():  # whatever TensorBoard draws
-                write_run(self.out, self)
-                self.tensorboard = TensorBoardLog(self.out / "tensorboard", self.config.tensorboard, self.step)
+            self.processes.on_first(lambda: self._open_records(self.out))
         if found is None:
             if resume:
                 self.message(f"{self.out} holds no checkpoint yet: starting from the beginning")
-            rng.seed_all(self.config.seed)
+            rng.seed_all(self.config.seed, *([] if self.first else [self.processes.rank]))
             self._warn_about_length()
             if self.eval_batches is not None:
                 self._evaluate()
             self.mark = self.take_mark()
         self.reporter.plan(self.step, self.total)
 
-    def _find_checkpoint(self, resume: bool) -> checkpoints.Checkpoint | None:
-        """The checkpoint to continue from. The folder then holds nothing of what came after it."""
-        if self.out is None or self.folder is None:
-            return None
-        used = checkpoints.list_checkpoints(self.folder) or (self.metrics.path and self.metrics.path.exists())
-        if used and not resume:
-            raise RosaError(f"out ({self.out}) already holds a run: pass resume=True to continue it, or another folder")
-        found = checkpoints.load_latest(self.folder, self.message) if resume else None
-        remove_leftovers(self.out)
-        evals = [int(step) for step in found.state["evals"]] if found else []
-        self.metrics.truncate(found.step if found else -1, evals)
-        checkpoints.prune(self.folder, self.config.keep_checkpoints)  # a kill may have come just before that
-        return found
+    def _open_records(self, out: Path | None) -> None:
+        assert out is not None
+        with rng.untouched():  # whatever TensorBoard draws
+            write_run(out, self)
+            self.tensorboard = TensorBoardLog(out / "tensorboard", self.config.tensorboard, self.step)
 
     def _warn_about_length(self) -> None:
         warm_up = re.fullmatch(r"wl(\d+)", self.spec.schedule)
@@ -133,13 +127,13 @@ class Run(RunState):
         self._after_step()  # a run may have been stopped between a step and its evaluation
         while self.step < self.total and not self._is_at_stop():
             started = time.perf_counter()
-            group = self._draw()
-            if not group:
+            drawn = self._draw()
+            if not drawn.group:
                 if not self.source.next_epoch() or (config.max_steps is None and self.source.epoch >= config.epochs):
                     self.message(f"the batches ended at step {self.step} of {self.total}")
                     break
                 continue
-            self._train_step(group, started)
+            self._train_step(drawn, started)
             self._after_step()
         self._flush()
 
@@ -149,25 +143,20 @@ class Run(RunState):
             self._evaluate()
         if self.step and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self._checkpoint()
-        self.stop.check()
+        self.stop.check_all(self.processes)
 
     def _is_at_stop(self) -> bool:
         return self.config.stop_at_step is not None and self.step >= self.config.stop_at_step
 
-    def _draw(self) -> list[MicroBatch]:
+    def _draw(self) -> Drawn:
         """The micro-batches of the next step; the last step of an epoch may have fewer."""
-        group: list[MicroBatch] = []
-        while len(group) < self.config.gradient_accumulation and (batch := self.source.take()) is not END:
-            micro = self.engine.describe(batch)
-            if micro.weight:
-                group.append(micro)
-            elif not self.skipped_empty:
-                # Its mean loss would be 0/0; leaving it out is what one large batch does.
-                self.skipped_empty = True
-                self.message("micro-batches without a target (all labels are -100) are passed over")
-        return group
+        drawn = self.batches.draw()
+        if drawn.passed_over and not self.skipped_empty:
+            self.skipped_empty = True
+            self.message("micro-batches without a target (all labels are -100) are passed over")
+        return drawn
 
-    def _train_step(self, group: list[MicroBatch], started: float) -> None:
+    def _train_step(self, drawn: Drawn, started: float) -> None:
         config, schedule = self.config, self.schedule
         if schedule.phase == "collect":  # of the step to come
             self._flush()
@@ -179,10 +168,9 @@ class Run(RunState):
         start = self.restart_step or 0
         factor = learning_rate_factor(self.step - start, self.total - start, config.warmup_steps, config.schedule)
         rates = set_learning_rates(self.optimizer, config, factor)
-        tokens, targets = sum(micro.tokens or 0 for micro in group), sum(m.weight for m in group)
-        pending = _Pending(number, phase, rates, tokens, targets, None)
+        pending = _Pending(number, phase, rates, drawn.tokens, drawn.targets, None)
         try:
-            loss = self.engine.accumulate(group)
+            loss = self.engine.accumulate(drawn.group)
             outcome = self.engine.measure(loss, self.optimizer)
             pending = replace(pending, outcome=outcome)
             # Before the update, so that the weights stay those of the last good step; and masks must not come of a bad one.
@@ -236,6 +224,10 @@ class Run(RunState):
         if bad >= 0 and outcome is not None:
             name = names_of(self.model)[id(outcome.norm.parameters[int(bad)])]
             culprit = f"the first gradient that is not finite is that of {name}"
+        if not self.processes.alone:
+            lost = self.processes.gather(outcome is not None and bool(outcome.own_loss.isfinite()))
+            ranks = [str(rank) for rank, fine in enumerate(lost) if not fine]
+            culprit += f"; the loss is not finite in rank {', '.join(ranks)}" if ranks else "; every rank's loss is finite"
         raise NonFiniteError(f"the loss is {loss} and the gradient norm {norm}; {culprit}")
 
     def _stopped_by(self, entry: _Pending, error: NonFiniteError) -> str:
@@ -302,16 +294,23 @@ class Run(RunState):
             return
         self._flush()
         started = time.perf_counter()
-        loss = self.engine.evaluate(self.eval_batches, self.stop.check)
+        # Of several processes none may leave alone.
+        loss = self.engine.evaluate(self.eval_batches, self.stop.check if self.processes.alone else lambda: None)
         seconds = time.perf_counter() - started
         best = self.best_step is None or loss < self.evals[self.best_step]
         if self.out is not None and self.step and best and math.isfinite(loss):
-            save_best(self.model, self.out, self.step, loss)
+            self._save_best(self.out, loss)
         self.evals[self.step] = loss
         row = {"event": "eval", "step": self.step, "loss": finite(loss), "seconds": seconds}
         self.metrics.append([row])
         self.tensorboard.add(row)
         self.reporter.event("eval", f"step {self.step}: held-out loss {loss:.4f}", step=self.step, loss=loss)
+
+    def _save_best(self, out: Path, loss: float) -> None:
+        if self.sharded:
+            save_best(self.model, out, self.step, loss, writes=self.first)
+        else:
+            self.processes.on_first(lambda: save_best(self.model, out, self.step, loss))
 
     @property
     def best_step(self) -> int | None:
@@ -326,7 +325,10 @@ class Run(RunState):
         self._flush()
         with uninterrupted():
             self.metrics.flush()
-            self.last_checkpoint = checkpoints.save(self.folder, persistence.snapshot(self), self.config.keep_checkpoints)
+            folder, found = self.folder, persistence.snapshot(self)
+            self.last_checkpoint = self.processes.on_first(
+                lambda: checkpoints.save(folder, found, self.config.keep_checkpoints)
+            )
         self.reporter.event("checkpoint", f"checkpoint {self.last_checkpoint}", path=str(self.last_checkpoint))
 
     def interrupted(self) -> str:

@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.distributed.processes import Processes
+from rosa_fx.distributed.tensors import is_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.schedule import MaskSchedule
 from rosa_fx.state import state_of, unwrap
 from rosa_fx.training import rng
 from rosa_fx.training.batches import BatchSource
 from rosa_fx.training.config import TrainConfig
-from rosa_fx.training.optim import optimizer_for
+from rosa_fx.training.optim import optimizer_for, optimizer_parameters
 from rosa_fx.training.progress import Reporter
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Everything but the model and the optimizer that a checkpoint at the last whole step needs."""
+    """Everything but the model and the optimizer that a checkpoint at the last whole step needs, in this process."""
 
     step: int
     epoch: int
@@ -35,17 +37,20 @@ class RunState:
     Raises RosaError for a model that is not on one device or has nothing to train, and for batches that cannot be used.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], config: TrainConfig, reporter: Reporter) -> None:
-        self.model, self.config, self.reporter = unwrap(model), config, reporter
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], config: TrainConfig, reporter: Reporter, processes: Processes
+    ) -> None:
+        self.model, self.config, self.reporter, self.processes = unwrap(model), config, reporter, processes
         self.spec = state_of(model).spec
         self.device = self._one_device()
         self.source = BatchSource(batches, config.seed)
-        self.planned = self.source.count_steps(config)
+        self.planned = self.source.count_steps(config, processes.size)
         self.schedule = MaskSchedule(
             self.model,
             restart=config.restart,
             micro_batches=config.gradient_accumulation,
             can_skip=config.on_nonfinite == "skip",
+            averages=False,
         )
         self.optimizer = self.fresh_optimizer()
         self.step = 0
@@ -80,4 +85,9 @@ class RunState:
     def take_mark(self) -> Mark:
         """Remember where the run stands; called between steps."""
         position = (self.source.epoch, self.source.index)
-        return Mark(self.step, *position, self.schedule.state_dict(), rng.capture())
+        return Mark(self.step, *position, self.schedule.state_dict(local=True), rng.capture())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds only a part of some adapter."""
+        return any(map(is_sharded, optimizer_parameters(self.optimizer)))

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from rosa_fx.distributed.gradients import without_ddp
+from rosa_fx.distributed.processes import processes_of
 from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of, unwrap
 from rosa_fx.training.config import TrainConfig
@@ -70,20 +72,26 @@ def train(
     if resume and out is None:
         raise RosaError("resume=True needs out: the folder of the run to continue")
     state_of(model)  # says so if the model is not transformed
-    reporter = Reporter(config.progress, config.log_every, console, on_event)
+    processes = processes_of()
+    model = without_ddp(model)
+    first = processes.rank == 0
+    reporter = Reporter(config.progress and first, config.log_every, console, on_event if first else None)
     with reporter, training_mode(unwrap(model)), Stopper(reporter.notice) as stop:
-        run = Run(model, batches, config, eval_batches, loss_fn, weight_fn, Path(out) if out else None, reporter, stop)
+        folder = Path(out) if out else None
+        run = Run(model, batches, config, eval_batches, loss_fn, weight_fn, folder, reporter, stop, processes)
         try:
             run.start(resume)
             run.loop()
             return run.finish()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(run.abandoned() if stop.at_once else run.interrupted()) from None
+            # A process that is stopped by itself cannot save what it needs the others for.
+            at_once = stop.at_once or not processes.alone
+            raise KeyboardInterrupt(run.abandoned() if at_once else run.interrupted()) from None
         except RosaError:
             raise
         except Exception as error:
             # Ctrl-C on a terminal also ends compilers and data workers that the step was waiting for.
-            if stop.requested is None:
+            if stop.requested is None or not (processes.alone or isinstance(error, StopRequested)):
                 raise
             cause = None if isinstance(error, StopRequested) else error
             message = run.interrupted()

@@ -1,0 +1,105 @@
+"""What is collected for a weight's mask in one process: a mask straight from one gradient, or a sum over several."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from rosa_fx.errors import NonFiniteError, RosaError
+from rosa_fx.kernels.cpu.sparse import select_topk
+from rosa_fx.kernels.terms.collect import CollectTopK
+from rosa_fx.mask import Mask
+from rosa_fx.weight import RosaWeight
+
+
+class Collector:
+    """What one weight has collected: a mask straight from one gradient, or a float32 sum over several.
+
+    `single` is set when one backward call is all there will be: the dense gradient is then dropped at once. `limit` is the
+    number of backward calls that the caller declared, if any.
+    """
+
+    def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None) -> None:
+        assert weight.sparse is not None
+        self.name, self.weight, self.mode, self.single, self.limit = name, weight, mode, single, limit
+        self.nnz = weight.sparse.values.numel()
+        self.count = 0
+        self.total: Tensor | None = None
+        self.mask: Mask | None = None
+        self.overlapping = False
+
+    @torch.no_grad()
+    def add_gradient(self, probe: Tensor) -> None:
+        """Hook: the dense gradient of this backward call."""
+        gradient, probe.grad = probe.grad, None
+        assert gradient is not None
+        self.count += 1
+        if self.single:
+            self.mask = self._select(gradient.abs_())
+            return
+        score = gradient.square_() if self.mode == "mean_squared" else gradient
+        self.total = score if self.total is None else self.total.add_(score)
+
+    @torch.no_grad()
+    def add_mask(self, probe: Tensor) -> None:
+        """Hook: the mask that a compiled graph selected in this backward call."""
+        encoded, probe.grad = probe.grad, None
+        assert encoded is not None
+        self.count += 1
+        calls, rows, cols = CollectTopK.decode(encoded)
+        self.overlapping |= calls != 1
+        if not self.overlapping:
+            self._refuse_not_finite(cols)
+            self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
+
+    def finish(self) -> Mask:
+        """The mask. Raises RosaError, naming the weight, for gradients that are not finite or cannot be told apart."""
+        error = self.unusable()
+        if error is not None:
+            raise error
+        if self.mask is not None:
+            return self.mask
+        if self.total is None:
+            warnings.warn(f"{self.name} received no gradient while masks were collected: its mask is arbitrary", stacklevel=4)
+            device = self.weight.base.tensors()[0].device
+            return self._select(torch.zeros(self.weight.matrix, device=device))
+        return self._select(self.total.abs_())
+
+    def unusable(self) -> RosaError | None:
+        """The error that says that gradients did not arrive as was declared."""
+        expected = 1 if self.single else self.limit
+        if self.overlapping and self.count == 1:
+            return RosaError(
+                f"{self.name}: it is read several times, and the compiled code chose a mask for each of them: a torch.compile "
+                "backend other than 'inductor' does not run the pass that joins them, and a graph break may part them. Call "
+                "the model itself in the collecting step, or give MaskSchedule micro_batches=2, which sums dense gradients"
+            )
+        if expected is not None and self.count > expected:
+            return RosaError(
+                f"{self.name}: its gradient arrived in {self.count} parts while {expected} backward call(s) were "
+                "expected; give MaskSchedule the number of backward calls per optimizer step (micro_batches=...)"
+            )
+        return None
+
+    def _select(self, score: Tensor) -> Mask:
+        row_offsets, cols = select_topk(score, self.nnz)
+        self._refuse_not_finite(cols)
+        return Mask(row_offsets, cols, self.weight.matrix)
+
+    def largest(self) -> Tensor | None:
+        """The largest size in the sum so far, a scalar: NaN or infinite if anything in it is. None without a sum."""
+        return None if self.total is None or not self.total.numel() else torch.linalg.vector_norm(self.total, float("inf"))
+
+    def not_finite(self) -> NonFiniteError:
+        """The error that says that this weight's gradient cannot be used."""
+        squares = " or a square beyond float32" if self.mode == "mean_squared" and not self.single else ""
+        return NonFiniteError(
+            f"{self.name}: its gradient holds NaN or infinity{squares}, so no mask can be chosen from it; check the batch and "
+            "the loss of this step, or lower the learning rate of the warm-up"
+        )
+
+    def _refuse_not_finite(self, cols: Tensor) -> None:
+        if self.nnz and int(cols.min()) < 0:
+            raise self.not_finite()
