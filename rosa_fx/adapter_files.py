@@ -15,6 +15,8 @@ from rosa_fx import adapter_format
 from rosa_fx.adapter_format import AdapterFiles, WeightEntry
 from rosa_fx.adapters import adapter_state, load_adapter_state
 from rosa_fx.attach import model_dtype, planned_base, transform
+from rosa_fx.distributed.processes import ALONE, processes_of
+from rosa_fx.distributed.tensors import any_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import as_text, fingerprint
 from rosa_fx.mask import Mask
@@ -29,7 +31,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     The base is not saved; a fingerprint of each base weight is. An adapter that is there already is replaced, and at
     every moment the old or the new one can be loaded; other files in the directory stay. Everything is on disk when
-    this returns. A model wrapped by `torch.compile` is as good as the model itself.
+    this returns. A model wrapped by `torch.compile` or DDP is as good as the model itself. Of several processes one should
+    save; only if FSDP shards the model all must call, of which rank 0 writes.
 
     Args:
         model: transformed; its masks, if there are any yet, are saved too.
@@ -44,7 +47,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RosaError(f"{key} holds NaN or infinity and is not saved; load an earlier checkpoint")
     entries = {name: _entry(weight) for name, weight in state.weights.items()}
-    adapter_format.write(Path(directory), state.spec, entries, tensors)
+    processes = processes_of() if any_sharded(model) else ALONE
+    processes.on_first(lambda: adapter_format.write(Path(directory), state.spec, entries, tensors))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = False) -> nn.Module:

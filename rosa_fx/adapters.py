@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.distributed.tensors import local, reshard, whole, write
 from rosa_fx.errors import RosaError
 from rosa_fx.mask import Mask
 from rosa_fx.state import state_of, weight_of
@@ -40,11 +41,12 @@ def set_masks(model: nn.Module, masks: Mapping[str, Mask | Tensor]) -> None:
         mask = _from_dense(name, weight, given) if isinstance(given, Tensor) else given
         mask.validate(name, weight.matrix, weight.sparse.values.numel())
         checked[name] = (weight, mask)
+    reshard(model)
     for weight, mask in checked.values():
         assert weight.sparse is not None
         weight.sparse.set_mask(mask)
         with torch.no_grad():
-            weight.sparse.values.zero_()
+            local(weight.sparse.values).zero_()
         weight.set_phase("joint")
 
 
@@ -60,11 +62,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Every adapter tensor, by "<weight name>.low_rank.A" / ".low_rank.B" / ".sparse.values" / ".row_offsets" / ".cols".
 
     The tensors are the live ones, detached. Weights without a mask have zero row offsets.
+    Of a model that FSDP shards it is a copy of the whole tensors; every process must ask for it then.
     """
     state: dict[str, Tensor] = {}
+    reshard(model)
     for name, weight in state_of(model).weights.items():
         for part, tensor in _tensors(weight).items():
-            state[f"{name}.{part}"] = tensor.detach()
+            state[f"{name}.{part}"] = whole(tensor)
     return state
 
 
@@ -72,11 +76,14 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Take over what `adapter_state` gave, into an equally transformed model; masks that came along are in force.
 
+    Into a model that FSDP shards as well; every process takes its part of the whole tensors.
+
     Raises:
         RosaError: missing or additional names, other shapes or dtypes, NaN or infinity, a mask that is none. Then nothing
             is changed.
     """
     weights = state_of(model).weights
+    reshard(model)
     expected = {f"{name}.{part}": tensor for name, w in weights.items() for part, tensor in _tensors(w).items()}
     for key in sorted(expected.keys() ^ state.keys()):
         raise RosaError(f"{key} is {'missing from' if key in expected else 'not part of'} this adapter: the specs differ")
@@ -93,7 +100,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             offsets, cols = state[f"{name}.sparse.row_offsets"], state[f"{name}.sparse.cols"]
             Mask(offsets, cols, weight.matrix).validate(name, weight.matrix, weight.sparse.values.numel())
     for key, tensor in state.items():
-        expected[key].copy_(tensor)
+        write(expected[key], tensor)
     for weight in weights.values():
         weight.follow_mask()
 

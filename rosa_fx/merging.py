@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rosa_fx.distributed.gradients import hide_from_ddp, show_to_ddp
+from rosa_fx.distributed.shard import refuse_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.merge_report import MergeReport
 from rosa_fx.module_class import own_class, share_class
@@ -68,6 +69,7 @@ def merge(
         raise RosaError(f"refit_rank is {refit_rank!r}: a dense weight loses nothing that could be refitted; use into='same'")
     inner = unwrap(model)
     state = state_of(inner)
+    refuse_sharded(inner, "rosa_fx.merge")
     for name, weight in state.weights.items():
         _refuse_not_finite(name, weight)
     if into == "same":

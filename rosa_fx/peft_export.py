@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rosa_fx.adapter_format import CONFIG, TENSORS
 from rosa_fx.atomic import new_directory, plain_tensors, tensor_digest
+from rosa_fx.distributed.shard import refuse_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import as_text
 from rosa_fx.peft_names import PREFIX, PeftModule, config_digest, patterns, peft_modules, short_targets
@@ -49,6 +50,7 @@ def export_peft(
     """
     if part not in PARTS:
         raise RosaError(f"part is {part!r}: use {' or '.join(map(repr, PARTS))}")
+    refuse_sharded(model, "rosa_fx.export_peft")
     modules = peft_modules(model)
     inner = unwrap(model)
     if part == "low_rank":

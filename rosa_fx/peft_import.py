@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rosa_fx.adapter_format import CONFIG, TENSORS
 from rosa_fx.atomic import tensor_digest
 from rosa_fx.attach import transform
+from rosa_fx.distributed.shard import refuse_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.fingerprint import as_text, fingerprint
 from rosa_fx.peft_names import PREFIX, PeftModule, config_digest, peft_modules
@@ -70,6 +71,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, spec: Ro
         RosaError: no LoRA, or one that is more than B A (DoRA, biases, saved modules, changed base weights); another model
             (names, shapes, ranks, fingerprints); damaged files; NaN or infinity. The model is then untouched.
     """
+    refuse_sharded(model, "rosa_fx.import_peft")
     lora = _read(Path(directory))
     if is_transformed(model):
         if spec is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_fx.distributed.shard import refuse_sharded
 from rosa_fx.estimate import flops, weight_bytes
 from rosa_fx.passes.report import GraphReport
 from rosa_fx.state import RosaState, state_of, unwrap
@@ -152,6 +153,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
     from rosa_fx.passes.joint import rewrite
 
     state = state_of(model)
+    refuse_sharded(model, "rosa_fx.explain")
     model = unwrap(model)
     graphs: list[GraphReport] = []
     backend = capture_backend(lambda graph: graphs.append(rewrite(graph, strict=False, work=True)))

@@ -14,7 +14,7 @@ from rosa_fx.distributed.collect import SharedCollection
 from rosa_fx.distributed.gradients import Averaging
 from rosa_fx.distributed.processes import processes_of
 from rosa_fx.distributed.start import start_together
-from rosa_fx.distributed.tensors import is_sharded
+from rosa_fx.distributed.tensors import is_sharded, local, reshard
 from rosa_fx.errors import RosaError
 from rosa_fx.mask import Mask
 from rosa_fx.state import state_of
@@ -87,7 +87,7 @@ class MaskSchedule:
         averages: bool = True,
     ) -> None:
         state = state_of(model)
-        self._weights = state.weights
+        self._model, self._weights = model, state.weights
         self.schedule = state.spec.schedule if schedule is None else schedule
         self.num_grads = state.spec.num_grads if num_grads is None else num_grads
         self.grad_mode = state.spec.grad_mode
@@ -224,9 +224,11 @@ class MaskSchedule:
 
     def _apply(self) -> None:
         phase = {"sparse": "joint"}.get(self.phase, self.phase)
-        for weight in self._weights.values():
-            if weight.phase != phase:
-                weight.set_phase(phase)
+        changing = [weight for weight in self._weights.values() if weight.phase != phase]
+        if changing and not self._processes.alone:
+            reshard(self._model)
+        for weight in changing:
+            weight.set_phase(phase)
         if phase == "collect":
             wanting = [name for name, w in self._weights.items() if w.sparse is not None and not w.sparse.has_mask]
             self._arm([name for name in wanting if name not in self._collectors])
@@ -263,7 +265,7 @@ class MaskSchedule:
             if weight.low_rank is not None:
                 weight.low_rank.reset()
             if weight.sparse is not None:
-                weight.sparse.values.zero_()
+                local(weight.sparse.values).zero_()
 
     # --- how many backward calls make a step ---------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_fx import eager
+from rosa_fx.distributed.tensors import local, whole, write
 from rosa_fx.kernels import ops
 from rosa_fx.kernels.bases.base import BaseFormat
 from rosa_fx.kernels.layout import Layout
@@ -42,8 +43,22 @@ class FrozenBase(nn.Module):
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.format.tensor_names]
 
+    def make_parameters(self) -> None:
+        """Turn what is worth sharding, the codes or the dense weight, from buffers into frozen parameters of the same names.
+
+        Scales stay: a data-parallel wrapper casts floating-point parameters if told so, and D(Q) would be another one.
+        """
+        for name in self.format.tensor_names:
+            tensor = self._buffers.get(name)
+            if tensor is not None and tensor.dim() and (self.format.kind == "dense" or not tensor.is_floating_point()):
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBase:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        buffers, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)  # parameters, if there are any: codes are integers, and keep their dtype anyway
+        self._buffers = buffers
         for name, tensor in self._buffers.items():
             if tensor is None:
                 continue
@@ -81,8 +96,8 @@ class LowRankParameters(nn.Module):
             start.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
         else:
             start.normal_(0, 1 / rank, generator=generator)
-        self.A.copy_(start)
-        self.B.zero_()
+        write(self.A, start)
+        local(self.B).zero_()
 
 
 class SparseParameters(nn.Module):
@@ -260,13 +275,14 @@ class RosaWeight(nn.Module):
     @torch.no_grad()
     def dense_base(self) -> Tensor:
         """D(Q) in the shape and the dtype of the weight."""
-        return self.base.format.dequantize(self.base.tensors(), self.matrix, self.base.dtype).view(self.shape)
+        tensors = [whole(tensor) for tensor in self.base.tensors()]
+        return self.base.format.dequantize(tensors, self.matrix, self.base.dtype).view(self.shape)
 
     @torch.no_grad()
     def dense_delta(self) -> Tensor:
         """ΔW in the shape of the weight, float32."""
         out = torch.zeros(self.matrix, dtype=torch.float32, device=self.base.tensors()[0].device)
-        for item, tensors in self.layout().split(self.delta_tensors()):
+        for item, tensors in self.layout().split([whole(tensor) for tensor in self.delta_tensors()]):
             item.fold_(out, tensors)
         return out.view(self.shape)
 

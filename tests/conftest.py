@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms.collect import receivers
 from rosa_fx.kernels.terms.registry import term
 from rosa_fx.mask import Mask
 
@@ -38,6 +39,16 @@ def _no_earlier_breaks() -> None:
     """Dynamo counts graph breaks for the whole process; a test looks at its own."""
     if "torch._dynamo.utils" in sys.modules:
         sys.modules["torch._dynamo.utils"].counters["graph_break"].clear()
+
+
+class Nobody:
+    """Takes the gradients of a `collect_shared` probe that holds a zero."""
+
+    def take(self, gradient: Tensor) -> None:
+        gradient.fill_(torch.nan)
+
+
+NOBODY = receivers[0] = Nobody()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -31,17 +31,39 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values`, which every process has whole, sharded as `tensor` is."""
+    if not is_sharded(tensor):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return distribute_tensor(values.to(tensor.device), mesh, placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def write(tensor: Tensor, values: Tensor) -> None:
     """Set a tensor, sharded or not, to `values`, the whole of it, which every process has."""
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
+    local(tensor).copy_(local(like(tensor, values)))
 
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        values = values.to(tensor.device, tensor.dtype)
-        local(tensor).copy_(local(distribute_tensor(values, mesh, placements, src_data_rank=None)))
-    else:
-        tensor.copy_(values)
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP's modules go back to shards where a forward pass without backward has left them whole.
+
+    What is then written, or has its `requires_grad` changed, is what the optimizer holds.
+    """
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def any_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a part of some parameter."""
+    reshard(model)
+    return any(map(is_sharded, model.parameters()))
 
 
 def norms_over_shards(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:

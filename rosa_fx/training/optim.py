@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_fx.attach import trainable_parameters
-from rosa_fx.distributed.tensors import is_sharded, local, norms_over_shards
+from rosa_fx.distributed.tensors import is_sharded, like, local, norms_over_shards, whole
 from rosa_fx.errors import RosaError
 from rosa_fx.state import state_of
 from rosa_fx.training.config import TrainConfig
@@ -167,7 +167,7 @@ def names_of(model: nn.Module) -> dict[int, str]:
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors `<parameter name>/<key>` and JSON (other per-parameter values).
 
-    Where a state is nested, as bitsandbytes nests what is in 8 bits, the keys follow each other: `<name>/<outer>/<key>`.
+    Sharded state is gathered: every process must call. Where a state is nested, as bitsandbytes nests what is in 8 bits, the keys follow each other: `<name>/<outer>/<key>`.
     """
     state = optimizer.state_dict()["state"]
     tensors: dict[str, Tensor] = {}
@@ -177,8 +177,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> t
             for inner, part in (
                 {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
             ).items():
-                place = tensors if isinstance(part, Tensor) else values
-                place[f"{names[index]}/{inner}"] = part
+                key_of = f"{names[index]}/{inner}"
+                if isinstance(part, Tensor):
+                    tensors[key_of] = whole(part)
+                else:
+                    values[key_of] = part
     return tensors, {"values": values, "parameters": list(names)}
 
 
@@ -193,11 +196,13 @@ def load_optimizer_state(
             "transform the same model with the same spec before resuming"
         )
     index_of = {name: i for i, name in enumerate(names)}
+    parameters = optimizer_parameters(optimizer)
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **values["values"]}.items():
         owner, *outer, key = name.split("/")
         entries = state.setdefault(index_of[owner], {})
         for part in outer:
             entries = entries.setdefault(part, {})
-        entries[key] = value
+        parameter = parameters[index_of[owner]]
+        entries[key] = like(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
