@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rosa_fx.adapter_sum import merge_adapters
     from rosa_fx.adapters import adapter_state, load_adapter_state, masks, set_masks
     from rosa_fx.attach import adapter, base_weight, delta, trainable_parameters, transform
+    from rosa_fx.distributed.checkpoint import load_training_state, save_training_state
+    from rosa_fx.distributed.shard import shard_bases
     from rosa_fx.errors import EagerTrainingWarning, RosaError
     from rosa_fx.huggingface import RosaCallback
     from rosa_fx.mask import Mask
@@ -50,13 +52,16 @@ __all__ = [
     "load_adapter",
     "load_adapter_state",
     "load_masks",
+    "load_training_state",
     "masks",
     "merge",
     "merge_adapters",
     "optimizer_for",
     "save_adapter",
     "save_masks",
+    "save_training_state",
     "set_masks",
+    "shard_bases",
     "train",
     "trainable_parameters",
     "transform",
@@ -68,6 +73,8 @@ _HOME = {
     "rosa_fx.adapter_sum": ("merge_adapters",),
     "rosa_fx.adapters": ("adapter_state", "load_adapter_state", "masks", "set_masks"),
     "rosa_fx.attach": ("adapter", "base_weight", "delta", "trainable_parameters", "transform"),
+    "rosa_fx.distributed.checkpoint": ("load_training_state", "save_training_state"),
+    "rosa_fx.distributed.shard": ("shard_bases",),
     "rosa_fx.errors": ("EagerTrainingWarning", "RosaError"),
     "rosa_fx.huggingface": ("RosaCallback",),
     "rosa_fx.mask": ("Mask",),

@@ -64,12 +64,14 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     The tensors are the live ones, detached. Weights without a mask have zero row offsets.
     Of a model that FSDP shards it is a copy of the whole tensors; every process must ask for it then.
     """
-    state: dict[str, Tensor] = {}
+    return {key: whole(tensor) for key, tensor in adapter_tensors(model).items()}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """As `adapter_state`, the very tensors: parameters, and of a sharded model their shards."""
     reshard(model)
-    for name, weight in state_of(model).weights.items():
-        for part, tensor in _tensors(weight).items():
-            state[f"{name}.{part}"] = whole(tensor)
-    return state
+    weights = state_of(model).weights
+    return {f"{name}.{part}": tensor for name, weight in weights.items() for part, tensor in _tensors(weight).items()}
 
 
 @torch.no_grad()
@@ -82,9 +84,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         RosaError: missing or additional names, other shapes or dtypes, NaN or infinity, a mask that is none. Then nothing
             is changed.
     """
-    weights = state_of(model).weights
-    reshard(model)
-    expected = {f"{name}.{part}": tensor for name, w in weights.items() for part, tensor in _tensors(w).items()}
+    weights, expected = state_of(model).weights, adapter_tensors(model)
     for key in sorted(expected.keys() ^ state.keys()):
         raise RosaError(f"{key} is {'missing from' if key in expected else 'not part of'} this adapter: the specs differ")
     for key, tensor in state.items():

@@ -132,8 +132,10 @@ class RosaCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        # Of several processes one writes, and all take part in saying what.
+        schedule, adapter = self.schedule.state_dict(), tensor_digest(adapter_state(kwargs["model"]))
         if args.should_save and folder.is_dir():
-            self._save(folder / STATE_FILE, kwargs["model"])
+            self._save(folder / STATE_FILE, schedule, adapter)
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -172,13 +174,13 @@ class RosaCallback(TrainerCallback):
             for group, rate in zip(scheduler.optimizer.param_groups, again.get_last_lr(), strict=True):
                 group["lr"] = rate
 
-    def _save(self, file: Path, model: nn.Module) -> None:
-        tensors, values = split_state(self.schedule.state_dict())
+    def _save(self, file: Path, schedule: dict[str, Any], adapter: str) -> None:
+        tensors, values = split_state(schedule)
         content: dict[str, Any] = {
             "version": VERSION,
             "schedule": values,
             "restart_step": self._restart_step,
-            "adapter": tensor_digest(adapter_state(model)),
+            "adapter": adapter,
             "base": self._base,
         }
         content["checksum"] = _checksum(content, tensors)

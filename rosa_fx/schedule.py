@@ -66,7 +66,8 @@ class MaskSchedule:
             several are assumed.
         can_skip: allow `skip_step`. With `num_grads` above 1 the sums are then kept twice during later collecting steps.
         process_group: the processes that train together, if not all.
-        averages: False: you average the sparse values' gradients over processes yourself, as you do those of A and B.
+        averages: gradients are averaged over processes, as DDP and FSDP do; those of sparse values are, where DDP leaves
+            them out, by this object. False: the loss is scaled so that you sum all of them yourself.
 
     Raises:
         RosaError: unknown schedule, or one that does not fit the spec. While collecting, naming the weight: a gradient
@@ -119,6 +120,9 @@ class MaskSchedule:
         if not self._processes.alone:
             start_together(self._weights, self._processes)
             self._average_values(averages)
+        # What a process collects of a gradient, over what one process would that goes through the micro-batches alone.
+        times = self._processes.size if averages else 1
+        self._excess = float(times**2 if self.grad_mode == "mean_squared" else times)
         if self.schedule == "spa_only":
             for weight in self._weights.values():
                 if weight.low_rank is not None:
@@ -339,14 +343,19 @@ class MaskSchedule:
             if most and self.num_grads > 1:
                 weight = self._weights[name]
                 zeros = torch.zeros(weight.matrix, device=weight.base.tensors()[0].device)
-                shared[f"total.{name}"] = self._processes.sum_(zeros if total is None else total.clone())
+                total = zeros if total is None else total / self._excess
+                shared[f"total.{name}"] = self._processes.sum_(total)
         return shared
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises RosaError if it belongs to another schedule."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises RosaError if a `state_dict()` belongs to another schedule."""
         for field in ("schedule", "num_grads", "restart"):
             if state[field] != getattr(self, field):
                 raise RosaError(f"the saved schedule has {field}={state[field]!r}, this one {getattr(self, field)!r}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises RosaError if it belongs to another schedule."""
+        self.check_state(state)
         self.step = int(state["step"])
         self.restarted = bool(state["restarted"])
         self._had_masks = bool(state["had_masks"])
@@ -360,4 +369,4 @@ class MaskSchedule:
             collector.count = int(state.get(f"count.{name}", 0))
             total = state.get(f"total.{name}")
             if total is not None and self._processes.rank == 0:  # it is the sum over all
-                collector.total = total.to(device=self._weights[name].base.tensors()[0].device, copy=True)
+                collector.total = total.to(device=self._weights[name].base.tensors()[0].device, copy=True).mul_(self._excess)

@@ -31,6 +31,6 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     """Raises RosaError, naming what cannot be done and the way around it, if FSDP shards the model."""
     if is_transformed(model) and any_sharded(model):
         raise RosaError(
-            f"{what} needs whole weights, and this model is sharded: rosa_fx.save_adapter(model, folder) in every process, then "
-            f"rosa_fx.load_adapter onto a model that is not sharded, and {what} there"
+            f"{what} needs whole weights, and this model is sharded: rosa_fx.save_adapter(model, folder) in every process, "
+            f"then rosa_fx.load_adapter onto a model that is not sharded, and {what} there"
         )

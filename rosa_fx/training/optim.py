@@ -167,7 +167,8 @@ def names_of(model: nn.Module) -> dict[int, str]:
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors `<parameter name>/<key>` and JSON (other per-parameter values).
 
-    Sharded state is gathered: every process must call. Where a state is nested, as bitsandbytes nests what is in 8 bits, the keys follow each other: `<name>/<outer>/<key>`.
+    Sharded state is gathered: every process must call. Where a state is nested, as bitsandbytes nests what is in 8 bits, the
+    keys follow each other: `<name>/<outer>/<key>`.
     """
     state = optimizer.state_dict()["state"]
     tensors: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_fx.distributed.processes import Processes
-from rosa_fx.distributed.tensors import is_sharded
+from rosa_fx.distributed.tensors import any_sharded, is_sharded
 from rosa_fx.errors import RosaError
 from rosa_fx.schedule import MaskSchedule
 from rosa_fx.state import state_of, unwrap
@@ -50,7 +50,7 @@ class RunState:
             restart=config.restart,
             micro_batches=config.gradient_accumulation,
             can_skip=config.on_nonfinite == "skip",
-            averages=False,
+            averages=any_sharded(self.model),  # FSDP takes means, and elsewhere the trainer takes sums
         )
         self.optimizer = self.fresh_optimizer()
         self.step = 0
