@@ -145,6 +145,24 @@ def test_odd_models(example: str, targets: list[str], tmp_path: Path) -> None:
     assert difference < 1e-3
 
 
+@pytest.mark.parametrize("options", [(), ("--shard",)], ids=["ddp", "fsdp"])
+def test_two_processes(options: tuple[str, ...], tmp_path: Path) -> None:
+    program = str(ROOT / "examples" / "two_processes.py")
+
+    def launched(processes: int) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), program]
+        return run(*launcher, "--steps", "12", "--out", "run", *options, cwd=tmp_path, OMP_NUM_THREADS="1")
+
+    printed = launched(2)
+    assert re.findall(r"step (\d+): next (\w+)", printed) == [("0", "low_rank"), ("10", "joint"), ("11", "joint")]
+    ((before, after),) = re.findall(r"loss (\d+\.\d+) -> (\d+\.\d+)", printed)
+    assert float(after) < float(before)
+    assert "4 masks, the same in 2 of 2 processes" in printed
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    if options:  # what two wrote, one goes on with
+        assert re.findall(r"step (\d+): next (\w+)", launched(1)) == [("6", "joint"), ("10", "joint"), ("11", "joint")]
+
+
 def test_quickstart_is_short() -> None:
     lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 22

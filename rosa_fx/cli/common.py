@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import warnings
 from collections.abc import Iterable, Sequence
@@ -64,6 +65,19 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise RosaError(f"--device {name!r} is not available on this machine: use --device cpu")
     return device
+
+
+def join_processes(device: torch.device) -> tuple[torch.device, bool]:
+    """Under `torchrun`: meet the other processes. The device of this one, and whether it is the one that prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device, True
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    first = torch.distributed.get_rank() == 0
+    console.quiet = not first
+    return device, first
 
 
 def pad_token(tokenizer: Any) -> int:

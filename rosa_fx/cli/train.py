@@ -56,7 +56,10 @@ def run_train(
     seed: int,
     download: bool,
 ) -> None:
-    """Options as in `rosa_fx.cli.app.train`. Everything that can be wrong with the input is checked before training."""
+    """Options as in `rosa_fx.cli.app.train`. Everything that can be wrong with the input is checked before training.
+
+    Under `torchrun --no-python --nproc-per-node 2 rosa-fx train ...` every process trains on its share.
+    """
     ctx.obj = out
     common.check_out(out, resume)
     spec = rosa_fx.RosaSpec(
@@ -91,7 +94,7 @@ def run_train(
     held_rows = read_jsonl(eval_data) if eval_data else []
     if not eval_data:
         rows, held_rows = split_rows(rows, eval_share, seed)
-    chosen_device = common.pick_device(device)
+    chosen_device, first = common.join_processes(common.pick_device(device))
     network, tokenizer = load_model(model, common.pick_dtype(dtype), download=download)
     encoded = encode_rows(rows, tokenizer, max_length, long_rows)
     console.print(f"training data: {encoded.describe()}", highlight=False)
@@ -110,6 +113,10 @@ def run_train(
     network = rosa_fx.transform(network.to(chosen_device), spec)
     common.apply_compile(network, compile, compile_scope)
     result = train(network, batches, config, eval_batches=held_batches, out=out, resume=resume, console=console)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not first:
+        return
     common.save_run(network, out, f"{model}: {spec.base}, rank {spec.rank}, density {spec.density:g}")
     filled = sum(len(row.input_ids) for row in encoded.rows) / (len(batches) * batch * length)
     table = common.result_rows(result, filled)

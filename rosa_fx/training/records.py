@@ -28,9 +28,7 @@ def remove_leftovers(out: Path) -> None:
     atomic.remove_leftovers(out / BEST, (EVALUATION,))
 
 
-def find_checkpoint(
-    run: RunState, out: Path | None, metrics: MetricsLog, resume: bool
-) -> checkpoints.Checkpoint | None:
+def find_checkpoint(run: RunState, out: Path | None, metrics: MetricsLog, resume: bool) -> checkpoints.Checkpoint | None:
     """The checkpoint to continue from. The folder then holds nothing of what came after it.
 
     Of several processes one looks and tidies up, and the others read what it found.
