@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -188,3 +189,44 @@ def merged_in(rank: int) -> list[str]:
 
 def test_merged_model_is_all_seen() -> None:
     assert merged_in(0) == ["other"]
+
+
+class Branches(nn.Module):
+    """Layers of which a micro-batch may leave some out, as experts that none of its rows chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(D, D, bias=False) for _ in range(6)])
+
+    def forward(self, x: Tensor, used: list[int]) -> Tensor:
+        for index in used:
+            x = x + torch.tanh(self.layers[index](x))
+        return x
+
+
+USED = [[0, 1, 5], [0, 2, 3, 4]]
+
+
+def uneven_in(rank: int) -> tuple[dict[str, Tensor], float]:
+    torch.manual_seed(0)
+    model: Any = rosa_fx.transform(Branches(), spec_of(schedule="wl0"))
+    wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    schedule = rosa_fx.MaskSchedule(model, micro_batches=1)
+    started = time.monotonic()
+    for step in range(2):
+        schedule.begin_step()
+        x = batch(step, rank)
+        loss_of(wrapper(x, USED[rank]), x).backward()
+        schedule.end_step()
+    found = {name: mask.to_dense() for name, mask in rosa_fx.masks(model).items()}
+    found |= {f"{name} gradient": rosa_fx.adapter(model, name).sparse.values.grad for name in found}
+    return found, time.monotonic() - started
+
+
+def test_weights_that_some_do_not_use() -> None:
+    """No process waits for good for what another never has."""
+    (first, seconds), (second, _) = together(uneven_in)
+    assert len(first) == 12
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert seconds < 30
