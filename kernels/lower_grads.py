@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from rosa_fx.kernels import inductor
-from rosa_fx.kernels.heuristics import power_of_two
+from rosa_fx.kernels.heuristics import AMD, power_of_two
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.collect import CollectGradient, CollectShared, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
@@ -176,10 +176,14 @@ def _like(node: Any) -> dict[str, Any]:
 # --- collecting for masks ----------------------------------------------------------------------------------------
 
 
-def gradient_tiles(n: int, k: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Tile of the weight gradient, and rows per step: 96 KiB of shared memory at most in three stages."""
-    most = 64 if dtype == torch.float32 else 128
-    return power_of_two(n, 16, most), power_of_two(k, 16, most), power_of_two(rows, 16, 32)
+def gradient_tiles(n: int, k: int, rows: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[int, int, int]:
+    """Tile of the weight gradient, and rows per step: 96 KiB of shared memory at most in three stages.
+
+    Before sm_80, where Triton uses no tensor cores, every thread holds operands of its own: larger tiles were seen to spill.
+    """
+    scalar = AMD < capability < (8, 0)
+    most = 64 if dtype == torch.float32 or scalar else 128
+    return power_of_two(n, 16, most), power_of_two(k, 16, most), power_of_two(rows, 16, 16 if scalar else 32)
 
 
 def _weight_gradient(dy: Any, x: Any, layout: Layout) -> Any:
@@ -187,7 +191,8 @@ def _weight_gradient(dy: Any, x: Any, layout: Layout) -> Any:
     row, row_stop, column, column_stop = layout.region or (0, layout.shape[0], 0, layout.shape[1])
     size = [row_stop - row, column_stop - column]
     rows = inductor.size_hint(x.get_size()[0])
-    tile_n, tile_k, step = gradient_tiles(size[0], size[1], rows, x.get_dtype())
+    capability = AMD if torch.version.hip is not None else inductor.capability(x.get_device())
+    tile_n, tile_k, step = gradient_tiles(size[0], size[1], rows, x.get_dtype(), capability)
     options = {"BLOCK_M": tile_n, "BLOCK_N": tile_k, "BLOCK_K": step, "TRANSPOSED": False, "num_warps": 8, "num_stages": 3}
     inputs = inductor.realize(dy, x)
     out = inductor.template_output("rosa_weight_gradient", _gradient_template(), inputs, size, torch.float32, [options])

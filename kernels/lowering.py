@@ -147,7 +147,7 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
     base = layout.base
     fourbit = base if isinstance(base, FourBitFormat) else None
     narrow = product.dtype in (torch.float16, torch.bfloat16)
-    ptx = fourbit is not None and inductor.runs_ptx(operands.x.get_device())
+    ptx = base.kind != "dense" and inductor.runs_ptx(operands.x.get_device())
     return {
         "DTYPE": _TRITON_DTYPES[product.dtype],
         "ALLOW_TF32": bool(torch.backends.cuda.matmul.allow_tf32),
@@ -167,6 +167,7 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
         "SCALES_PER_ROW": heuristics.scales_per_row(k, fourbit.blocksize, columns) if fourbit else 0,
         # The permutes are PTX and keep 16 bits of mantissa: enough for what is rounded to 8 or 11.
         "ASM": ptx and narrow,
+        "FEW": False,
         "PAIRS": ptx and heuristics.permutes(product),
     }
 

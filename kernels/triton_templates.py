@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rosa_fx.kernels.convert import byte_asm
 from rosa_fx.kernels.lookup import few_asm, few_words, pair_asm, pair_words, permute_asm, select_tree, stretched, table
 
 FOLDER = Path(__file__).resolve().parent / "templates"
@@ -53,6 +54,9 @@ def source(operator: str, kind: str) -> str:
         f"{{% set MAIN_LOOP = {operator != 'scratch'} %}}",
         _MASKED,
     ]
+    if tile == "int8":
+        for name, scaled in (("BYTE_ASM", False), ("SCALED_BYTE_ASM", True)):
+            head.append(f"{{% set {name} = { {dtype: byte_asm(narrow, scaled) for dtype, narrow in NARROW.items()}!r} %}}")
     if tile == "fourbit":
         tree = select_tree(table(kind), "{{code}}")
         head += [

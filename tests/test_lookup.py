@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rosa_fx.kernels.convert import byte_asm
 from rosa_fx.kernels.lookup import few_asm, few_words, pair_asm, pair_words, permute_asm, select_tree, stretched, table
 
 
@@ -57,8 +58,8 @@ def run_ptx(source: str, inputs: dict[str, int], outputs: int = 8) -> list[int]:
         "mov.b32": lambda a: a,
         "fma.rn.bf16x2": fma(torch.bfloat16),
         "fma.rn.f16x2": fma(torch.float16),
-        # Bit by bit, the table 0xca is "a ? b : c" and 0xea is "a & b | c".
-        "lop3.b32": lambda a, b, c, truth: {0xCA: (a & b) | (~a & c) & 0xFFFFFFFF, 0xEA: (a & b) | c}[truth],
+        # Bit by bit, the table 0xca is "a ? b : c", 0xea "a & b | c" and 0xbe "(a ^ b) | c".
+        "lop3.b32": lambda a, b, c, truth: {0xCA: (a & b) | (~a & c) & 0xFFFFFFFF, 0xEA: (a & b) | c, 0xBE: (a ^ b) | c}[truth],
     }
     for line in source.strip("{} ").split(";"):
         if line.strip() and not line.strip().startswith(".reg"):
@@ -188,3 +189,22 @@ def test_select_tree_is_the_table(kind: str) -> None:
 
     tree = compile(select_tree(table(kind), "code"), "tree", "eval")
     assert [eval(tree, {"tl": Language, "code": code}) for code in range(16)] == list(table(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bytes_are_exact(dtype: torch.dtype) -> None:
+    """All 256 bytes in each place; with a scale, what float32 makes of the product, rounded once."""
+    scale = torch.tensor(0.0123456, dtype=torch.float32)
+    high = scale.to(dtype)
+    low = (scale - high.float()).to(dtype)
+    words = {f"${at}": (int(part.view(torch.int16)) & 0xFFFF) * 0x10001 for at, part in ((3, high), (7, low))}
+    for byte in range(256):
+        packed = bytes([byte, byte ^ 0x5A, (byte * 7) & 0xFF, 255 - byte])
+        wanted = torch.tensor(list(packed), dtype=torch.uint8).view(torch.int8)
+        register = {"$2": int.from_bytes(packed, "little")}
+        for scaled, exact in ((False, wanted.float()), (True, wanted.float() * (high.float() + low.float()))):
+            pairs = run_ptx(byte_asm(dtype, scaled), register | (words if scaled else {}), 2)
+            bits = [half for pair in pairs for half in (pair & 0xFFFF, pair >> 16)]
+            found = torch.tensor([b - (b >> 15 << 16) for b in bits], dtype=torch.int16).view(dtype)
+            step = torch.finfo(dtype).eps
+            assert ((found.float() - exact).abs() <= (step / 2 * (1 + 4 * step) * exact.abs() if scaled else 0)).all()

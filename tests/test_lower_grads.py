@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rosa_fx.kernels.heuristics import AMD
 from rosa_fx.kernels.lower_grads import chunks, gradient_tiles, search_steps
 
 
@@ -37,10 +38,13 @@ def test_search_leaves_one_row(rows: int) -> None:
     st.integers(1, 1 << 17), st.integers(1, 1 << 17), st.integers(1, 1 << 17), st.sampled_from([torch.bfloat16, torch.float32])
 )
 def test_gradient_tiles_fit(n: int, k: int, rows: int, dtype: torch.dtype) -> None:
-    tile_n, tile_k, step = gradient_tiles(n, k, rows, dtype)
+    tile_n, tile_k, step = gradient_tiles(n, k, rows, dtype, (8, 0))
     assert min(tile_n, tile_k, step) >= 16
     assert 3 * (tile_n + tile_k) * step * dtype.itemsize <= 64 << 10, "on every capability since 7.5"
     assert tile_n * tile_k <= 8 * 32 * 64
+    small = gradient_tiles(n, k, rows, dtype, (7, 5))
+    assert small[0] * small[1] <= 8 * 32 * 16, "without tensor cores"
+    assert gradient_tiles(n, k, rows, dtype, AMD) == (tile_n, tile_k, step)
 
 
 _GENERATE = """
