@@ -78,6 +78,7 @@ def train_once(request: dict[str, Any], counter: list[int]) -> None:
     import rosa_fx
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
     calls = [0]
 
     def loss_fn(model: Any, batch: Any) -> Any:
