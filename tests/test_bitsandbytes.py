@@ -361,7 +361,13 @@ def test_models_loaded_by_transformers(options: dict[str, Any], tmp_path: Path) 
     ids = torch.randint(0, 64, (2, 8))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
+    kinds = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+    packed = {name: [t.clone() for t in stored(m)] for name, m in model.named_modules() if isinstance(m, kinds)}
     rosa_fx.transform(model, spec())
+    assert len(packed) == 7
+    for name, tensors in packed.items():
+        for ours, theirs in zip(rosa_fx.adapter(model, f"{name}.weight").base.tensors(), tensors, strict=True):
+            assert torch.equal(ours.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8)), name
     with torch.no_grad():
         actual = model(ids, use_cache=False).logits
     # The activations of int8 layers are rounded to 8 bits there and not here.

@@ -163,6 +163,15 @@ def test_two_processes(options: tuple[str, ...], tmp_path: Path) -> None:
         assert re.findall(r"step (\d+): next (\w+)", launched(1)) == [("6", "joint"), ("10", "joint"), ("11", "joint")]
 
 
+def test_eager_step_stays_within_that_of_lora(tmp_path: Path) -> None:
+    """At most 1.3 of the memory of bitsandbytes with PEFT's LoRA. (Of the time too, on a machine that does nothing else.)"""
+    pytest.importorskip("peft")
+    small = ("--hidden", "256", "--tokens", "64", "--rounds", "1")
+    printed = run(ROOT / "examples" / "bench_eager.py", *small, cwd=tmp_path)
+    (memory,) = numbers(r"QRoSA / LoRA: .* memory (\S+)", printed)
+    assert 0 < memory <= 1.3, printed
+
+
 def test_quickstart_is_short() -> None:
     lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 22
