@@ -23,14 +23,16 @@ Cost model (P: peak rate of the tensor cores; W: memory bandwidth; predictions, 
   - for more rows a kernel of its own writes S xᵀ, from which the sums of the fused kernel start: its loop and its registers
     stay those of a product without a sparse part. S xᵀ reads M·nnz elements of xᵀ, coalesced, from caches that deliver at
     least `CACHE_RATE` times what memory does; x is transposed and S xᵀ written and read, 2 M (K + N) elements more. At 0.6 % of
-    4096×4096 that meets the scratch buffer's cost at 360 rows on an A100 and 440 on an H100.
+    4096×4096 that alone would meet the scratch buffer's cost at 360 rows on an A100 and 440 on an H100. But the longest row
+    (`LONGEST` mean ones, see above) is a chain of steps of two loads each that wait for each other, which takes longer than
+    that scratch buffer; for [28672, 8192] it does not, and up to 250 rows on an A100 and 310 on an H100 are gathered.
   In the loop itself it does not pay. To put entries into a decoded tile takes a comparison of every weight with the column of
   each entry of its row, or products of one-hot matrices for as many k-steps again; registers cannot be addressed by column,
   and 0.6 % are too many to skip what has none: 49 in a tile of 128×64, of whose 1024 words of codes a warp decodes 128.
 - For dx rows of CSR run along the sum, and Sᵀ dyᵀ needs the entries by column. To sort them in every step takes some ten
   kernels, 30 µs or 1e8 bytes from memory, and 150 bytes an entry; to keep them sorted, as many bytes again as the sparse term
-  has. (Scattering into dx would need atomics, whose order no two runs share, or a thread for each row of dx, too few.) So dx
-  of a large weight and few rows is fused, [11008, 4096] on an H100 up to 144 rows; else scratch, for up to 16 rows as well.
+  has. (Scattering into dx would need atomics, whose order no two runs share, or a thread for each row of dx, too few.) So dx of
+  a very large weight and few rows is fused; else scratch, for up to 16 rows as well.
 """
 
 from __future__ import annotations
@@ -62,12 +64,17 @@ SHARED_MEMORY = {
 # (989, 3.35: 2370), rounded down to powers of two.
 CROSSOVER = {8: 1024, 9: 2048, 10: 2048}
 
-
 # Bytes per weight as stored, where that is not the product's dtype.
 _STORED_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1}
 
 # Rate of the caches over that of memory, for reads of rows of xᵀ: 4 to 5.5 TB/s from L2 on A100 and H100, more from L1.
 CACHE_RATE = 2.0
+
+# Entries of the longest row over those of the mean one, in masks that gradients chose (docs/accuracy): up to 87. A step waits
+# for the column and then for what it names: in seconds, and in bytes from memory.
+LONGEST = 87
+STEP = 1e-6
+_STEP_BYTES = 3e6
 
 # What sorting the entries by column costs, as bytes from memory: in all, and an entry.
 _SORTING = (1e8, 150)
@@ -320,8 +327,10 @@ def upright(product: Product) -> bool:
 def fuse(product: Product) -> bool:
     """Whether to decode in the main loop (True) or once into a scratch buffer. See the cost model above."""
     if gathers(product):
-        ordered = _SORTING[0] + _SORTING[1] * product.nnz if product.transposed else 0
-        return product.rows * _bytes_per_row(product) + ordered <= _scratch_bytes(product)
+        fixed = _STEP_BYTES * LONGEST * product.nnz / product.outputs / gather_tile(product).entries
+        if product.transposed:
+            fixed += _SORTING[0] + _SORTING[1] * product.nnz
+        return product.rows * _bytes_per_row(product) + fixed <= _scratch_bytes(product)
     if product.nnz and product.transposed:
         return False
     if product.kind == "dense":
@@ -395,7 +404,7 @@ class Gather:
 
 
 def gather_tile(product: Product) -> Gather:
-    """128 bytes of xᵀ an entry, 16 a thread; no more entries at a time than a row has on average."""
+    """128 bytes of xᵀ an entry, 16 a thread; entries at a time as a row has on average, within limits."""
     rows = min(128 // product.dtype.itemsize, power_of_two(product.rows, 16, 64))
-    entries = power_of_two(product.nnz // product.outputs, 4, 32)
+    entries = power_of_two(product.nnz // product.outputs, 16, 32)
     return Gather(entries, rows, min(max(entries * rows // 512, 1), 4))

@@ -46,12 +46,15 @@ def test_who_wins() -> None:
     assert roofline.predict(4096, 4096, 8192, "H100", slow).wins == "materialise"
 
 
-@pytest.mark.parametrize(("rows", "wins"), [(256, "fused"), (2048, "materialise")])
-def test_the_sparse_part_decides_for_many_rows(rows: int, wins: str) -> None:
-    """What decoding hides, gathering does not: it grows with the rows, as a scratch buffer does not."""
-    found = roofline.predict(4096, 4096, rows, "H100", HIDDEN)
-    weights = 4096 * 4096
-    gather = rows * (0.006 * weights * 2 / 2 + 4 * 8192) / 3.35e12
+@pytest.mark.parametrize(
+    ("shape", "rows", "wins"),
+    [((28672, 8192), 64, "fused"), ((4096, 4096), 256, "materialise"), ((4096, 4096), 2048, "materialise")],
+)
+def test_the_sparse_part_decides_for_many_rows(shape: tuple[int, int], rows: int, wins: str) -> None:
+    """What decoding hides, gathering does not: it grows with the rows and with the longest row of S."""
+    found = roofline.predict(*shape, rows, "H100", HIDDEN)
+    n, k = shape
+    gather = rows * (0.006 * n * k * 2 / 2 + 4 * (n + k)) / 3.35e12 + 87 * 0.006 * k / 32 * 1e-6
     assert found.fused == pytest.approx(max(found.flops / 989e12 / 0.95, found.moved / 3.35e12) + gather)
     assert found.wins == wins
     assert "costs less than" in found.why

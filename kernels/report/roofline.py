@@ -5,7 +5,8 @@ the tensor cores, W: memory bandwidth. A library's product reaches 95 % of P.
 
     floor       the larger of FLOPs / P and bytes / W, each operand moved once
     fused       the larger of FLOPs / (0.95 P) × max(1, pressure) and bytes / W: the loop also has to issue what decodes;
-                and before it S xᵀ: M nnz elements of xᵀ from caches at 2 W, xᵀ and S xᵀ written and read;
+                and before it S xᵀ: M nnz elements of xᵀ from caches at 2 W, xᵀ and S xᵀ written and read, and the
+                longest row, 87 mean ones, 32 entries in 1 µs;
                 up to 16 rows, of FLOPs of 16 rows / P × pressure and bytes / W: such a kernel always decodes for 16
     materialise bytes of packed weight, scratch buffer written / W, then a library's product that reads the scratch buffer
 
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rosa_fx.kernels.heuristics import CACHE_RATE, DECODE_ROWS
+from rosa_fx.kernels.heuristics import CACHE_RATE, DECODE_ROWS, LONGEST, STEP
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 
 PREDICTION = "prediction, not a measurement"
@@ -71,6 +72,7 @@ def predict(n: int, k: int, m: int, device: str, pressure: Pressures) -> Predict
     else:
         loop = compute / LIBRARY * max(1.0, pressure.many)
         gather = m * (2 * DENSITY * weights / CACHE_RATE + 4 * (n + k)) / architecture.bandwidth
+        gather += STEP * LONGEST * DENSITY * k / 32
     fused = max(memory, loop) + gather
     dense = 2.0 * weights
     decode = (packed + adapters + dense) / architecture.bandwidth
