@@ -25,6 +25,9 @@ from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.ops import DEVICES, scatter_grads
 from rosa_fx.kernels.stack import Stack, grads_of_pieces, whole_piece
 
+# The ends of groups are read on the host, which a CUDA graph cannot hold.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
 
 def _groups(x: Tensor, offs: Tensor | None, index: Tensor | None, stack: int) -> Iterator[tuple[int, slice | int | Tensor]]:
     """The matrices that have rows, and which of x they are. Waits for the device unless the groups are equal."""
@@ -44,21 +47,21 @@ def _groups(x: Tensor, offs: Tensor | None, index: Tensor | None, stack: int) ->
         yield from ((number, number) for number in range(stack))
 
 
-@torch.library.custom_op("rosa_fx::grouped_linear", mutates_args=())
+@torch.library.custom_op("rosa_fx::grouped_linear", mutates_args=(), tags=_TAGS)
 def grouped_linear(
     x: Tensor, offs: Tensor | None, index: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str
 ) -> Tensor:
     return _define(x, offs, index, base, delta, Layout.parse(layout), transposed=False)
 
 
-@torch.library.custom_op("rosa_fx::grouped_linear_t", mutates_args=())
+@torch.library.custom_op("rosa_fx::grouped_linear_t", mutates_args=(), tags=_TAGS)
 def grouped_linear_t(
     x: Tensor, offs: Tensor | None, index: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str
 ) -> Tensor:
     return _define(x, offs, index, base, delta, Layout.parse(layout), transposed=True)
 
 
-@torch.library.custom_op("rosa_fx::grouped_linear_grads", mutates_args=())
+@torch.library.custom_op("rosa_fx::grouped_linear_grads", mutates_args=(), tags=_TAGS)
 def grouped_linear_grads(
     dy: Tensor, x: Tensor, offs: Tensor | None, index: Tensor | None, delta: list[Tensor], layout: str
 ) -> list[Tensor]:

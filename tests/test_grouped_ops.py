@@ -262,3 +262,9 @@ def test_scratch_is_that_of_one_matrix() -> None:
     with Largest():
         grouped_ops._grouped(x, None, None, case.base, case.delta, layout, False)
     assert 0 < largest <= 64 * 64 * 4
+
+
+def test_groups_stay_outside_cuda_graphs() -> None:
+    """Their ends are read on the host: a capture that held the operator would fail."""
+    for name in ("grouped_linear", "grouped_linear_t", "grouped_linear_grads"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.rosa_fx, name).default.tags
