@@ -1,7 +1,7 @@
 """Speed and memory of QRoSA on the CPU, against PEFT, bitsandbytes and the floor: a frozen dense linear.
 
     python examples/bench_cpu.py                     # everything (the better part of an hour on two cores)
-    python examples/bench_cpu.py --check             # the same; exits with 1 where a bar is missed three times in a row
+    python examples/bench_cpu.py --check             # the same; exits with 1 where a bar is missed twice in a row
     python examples/bench_cpu.py layer --rows 512    # one part; --help lists its options
 
 All peers run in one process, interleaved, under the same allocator setting; the tables hold medians and quartiles of the

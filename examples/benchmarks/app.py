@@ -71,7 +71,7 @@ def everything(
     context: typer.Context,
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
 ) -> None:
     """Without a subcommand: all parts with their defaults."""
     if context.invoked_subcommand is not None:
@@ -82,8 +82,8 @@ def everything(
         lambda: model.run(["llama-27m", "smollm2-135m"], both, 5),
         lambda: memory.run(["llama-27m", "smollm2-135m"], "float32"),
         lambda: cold.run("smollm2-135m", "float32"),
-        lambda: decode.run([shape_of(s) for s in SHAPES], [1, 8, 64], both, 15),
-        lambda: scaling.run("float32", 7),
+        lambda: decode.run([shape_of(s) for s in SHAPES], [1, 8, 64], both, 7),
+        lambda: scaling.run("float32", 5),
     ]
     leave([what for measure in parts for what in finish(measure, out, check, tries)])
 
@@ -96,7 +96,7 @@ def layer_command(
     rounds: Rounds = 5,
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
     name: Name = "",
     compiled: Annotated[bool, typer.Option(help="Compile the layers of rosa_fx.")] = True,
 ) -> None:
@@ -114,7 +114,7 @@ def model_command(
     tokens: Annotated[str, typer.Option(help="Batch as sequences x length.")] = "4x256",
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
     name: Name = "",
     compiled: Annotated[bool, typer.Option(help="Compile what is meant to be compiled.")] = True,
 ) -> None:
@@ -130,7 +130,7 @@ def memory_command(
     mask_shape: Annotated[str, typer.Option(help="Weights for the mask step's extra.")] = "4096x4096",
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
     name: Name = "",
 ) -> None:
     """Resident set of a training step and of `transform`, each peer in a process of its own."""
@@ -151,7 +151,7 @@ def cold_command(
     tokens: Annotated[str, typer.Option(help="Batch as sequences x length.")] = "4x256",
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
     name: Name = "",
 ) -> None:
     """`transform`, and compilation with empty caches, each in a process of its own."""
@@ -173,7 +173,7 @@ def decode_command(
     rounds: Rounds = 15,
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
     name: Name = "",
     compiled: Annotated[bool, typer.Option(help="Compile the layers of rosa_fx.")] = True,
 ) -> None:
@@ -190,7 +190,7 @@ def scaling_command(
     rows: Annotated[int, typer.Option(help="Rows of x at the centre.")] = 512,
     out: Out = OUT,
     check: Check = False,
-    tries: Tries = 3,
+    tries: Tries = 2,
     name: Name = "",
     compiled: Annotated[bool, typer.Option(help="Compile the layers of rosa_fx.")] = True,
 ) -> None:
