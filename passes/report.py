@@ -100,7 +100,8 @@ def normalise(path: str) -> str:
     path = path.replace(".__dict__['_modules']", "._modules").replace('.__dict__["_modules"]', "._modules")
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    path = re.sub(r"^[A-Z]\.[^.]+\.?", "", path)
+    # A wrapper around `forward` that takes `*args` knows the module as the first of them.
+    path = re.sub(r"^[A-Z]\.(?:args\.\d+|[^.]+)(?:\.|$)", "", path)
     path = re.sub(r"^_orig_mod\.", "", path)
     return re.sub(r"(^|\.)parametrizations\.(.+?)\.\d+$", r"\1\2", path)
 

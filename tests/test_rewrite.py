@@ -174,6 +174,8 @@ def test_paths_of_capture_become_names() -> None:
     assert normalise("L['self'].layers[0].up.parametrizations.weight.0") == "layers.0.up.weight"
     assert normalise("L['m']._modules['a']._modules['0'].parametrizations.in_proj_weight.0") == "a.0.in_proj_weight"
     assert normalise("L['fn'].parametrizations.w.0") == "w"
+    assert normalise("L['args'][0].model.layers[3].q.parametrizations.weight.0") == "model.layers.3.q.weight"
+    assert normalise("L['args'][0].parametrizations.w.0") == "w"
     assert normalise("L['self'].a[0].__dict__['_modules']['q'].parametrizations.weight.0") == "a.0.q.weight"
 
 
