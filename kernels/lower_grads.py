@@ -24,7 +24,7 @@ import torch
 from rosa_fx.kernels import inductor
 from rosa_fx.kernels.heuristics import AMD, power_of_two
 from rosa_fx.kernels.layout import Layout
-from rosa_fx.kernels.terms.collect import CollectGradient, CollectShared, CollectTopK
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectReceived, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
 from rosa_fx.kernels.triton_templates import FOLDER
@@ -219,8 +219,8 @@ def _collect_topk(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[
     return [inductor.call(ops.select_mask.default, score, (int(size) - 1) // 2)]
 
 
-def _collect_shared(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
-    """A count; the gradient leaves as a copy, since its buffer is the graph's."""
+def _collect_received(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
+    """A count; the gradient is lent, since its buffer is the graph's."""
     return [inductor.call(ops.give_gradient.default, _weight_gradient(dy, x, layout), term[1])]
 
 
@@ -229,5 +229,5 @@ _MAKERS: dict[type, Callable[[Any, Any, Sequence[Any], Layout], list[Any]]] = {
     Sparse: _sparse,
     CollectGradient: _collect_gradient,
     CollectTopK: _collect_topk,
-    CollectShared: _collect_shared,
+    CollectReceived: _collect_received,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.kernels.cpu.sparse import select_topk
-from rosa_fx.kernels.terms.collect import CollectTopK
+from rosa_fx.kernels.terms.collect import CollectTopK, receivers
 from rosa_fx.mask import Mask
 from rosa_fx.weight import RosaWeight
+
+_numbers = itertools.count(1)
 
 
 class Collector:
@@ -19,6 +22,10 @@ class Collector:
 
     `single` is set when one backward call is all there will be: the dense gradient is then dropped at once. `limit` is the
     number of backward calls that the caller declared, if any.
+
+    A square is that of the whole gradient of a backward call, and several compiled graphs that read a weight each `take` a part
+    of it. So the first backward call waits for its end, its gradient becoming the sum; where it came whole, later ones are
+    added as they come, and beyond the sums there is one layer's gradient at a time.
     """
 
     def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None) -> None:
@@ -29,6 +36,12 @@ class Collector:
         self.total: Tensor | None = None
         self.mask: Mask | None = None
         self.overlapping = False
+        self.number = next(_numbers)
+        receivers[self.number] = self
+        self._parts = 0  # of the gradient of this backward call so far
+        self._sum_of_parts: Tensor | None = None
+        self._comes_whole = mode == "mean"  # sums of parts are sums of wholes
+        self._torn = False
 
     @torch.no_grad()
     def add_gradient(self, probe: Tensor) -> None:
@@ -38,9 +51,8 @@ class Collector:
         self.count += 1
         if self.single:
             self.mask = self._select(gradient.abs_())
-            return
-        score = gradient.square_() if self.mode == "mean_squared" else gradient
-        self.total = score if self.total is None else self.total.add_(score)
+        else:
+            self._add(gradient)
 
     @torch.no_grad()
     def add_mask(self, probe: Tensor) -> None:
@@ -53,6 +65,39 @@ class Collector:
         if not self.overlapping:
             self._refuse_not_finite(cols)
             self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
+
+    @torch.no_grad()
+    def take(self, gradient: Tensor, lent: bool) -> None:
+        """A gradient [N, K], or a part of one, from a compiled graph in the midst of its backward pass."""
+        self._parts += 1
+        if self._comes_whole:
+            self._torn |= self._parts > 1 and self.mode == "mean_squared"
+            self._add(gradient, lent)
+        elif self._sum_of_parts is None:
+            self._sum_of_parts = gradient.clone() if lent else gradient
+        else:
+            self._sum_of_parts.add_(gradient)
+
+    @torch.no_grad()
+    def add_taken(self, probe: Tensor) -> None:
+        """Hook: the backward call is over in which `take` was called."""
+        probe.grad = None
+        self.count += 1
+        whole, self._sum_of_parts = self._sum_of_parts, None
+        if whole is not None:
+            self._add(whole)
+            self._comes_whole = self._parts == 1
+        self._parts = 0
+
+    def _add(self, gradient: Tensor, lent: bool = False) -> None:
+        """To the sum: of squares, or of gradients."""
+        squared = self.mode == "mean_squared"
+        if self.total is not None:
+            self.total = self.total.addcmul_(gradient, gradient) if squared else self.total.add_(gradient)
+        elif squared:
+            self.total = gradient.square() if lent else gradient.square_()
+        else:
+            self.total = gradient.clone() if lent else gradient
 
     def finish(self) -> Mask:
         """The mask. Raises RosaError, naming the weight, for gradients that are not finite or cannot be told apart."""
@@ -69,6 +114,11 @@ class Collector:
 
     def unusable(self) -> RosaError | None:
         """The error that says that gradients did not arrive as was declared."""
+        if self._torn:
+            return RosaError(
+                f"{self.name}: a backward call brought its gradient in several parts, where earlier ones brought it whole, and "
+                "was squared part by part. Call the model itself, not the compiled one, in the collecting steps"
+            )
         expected = 1 if self.single else self.limit
         if self.overlapping and self.count == 1:
             return RosaError(

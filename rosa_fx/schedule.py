@@ -49,7 +49,7 @@ class MaskSchedule:
 
     Each backward call counts as one gradient (micro-batches square separately, as in the reference). With one backward
     call in all, at most one layer's dense gradient exists at a time; otherwise one float32 sum per rewritten weight is kept
-    (4 bytes per base parameter), and compiled graphs hand over as much again at the end of each backward.
+    (4 bytes per base parameter), to which gradients are added as they come.
 
     In several processes (`torch.distributed` is initialised) make it in all of them, before or after DDP wraps the model.
     Each backward call of each process counts as one gradient, and all get the same masks, those that one process would make
@@ -252,10 +252,11 @@ class MaskSchedule:
             weight = self._weights[name]
             if self._collection is None:
                 collector = Collector(name, weight, self.grad_mode, single, limit)
-                weight.start_probes(collector.add_gradient, collector.add_mask if single else None)
+                number = None if single else collector.number
             else:
-                collector = shared = self._collection.collector(name, weight, self.grad_mode, single, limit)
-                weight.start_probes(shared.add_gradient, shared.add_mask if single else None, shared.number)
+                collector = self._collection.collector(name, weight, self.grad_mode, single, limit)
+                number = collector.number
+            weight.start_probes(collector.add_gradient, collector.add_mask if single else collector.add_taken, number)
             self._collectors[name] = collector
 
     def _make_masks(self) -> dict[str, Mask]:

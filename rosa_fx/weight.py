@@ -21,7 +21,7 @@ from rosa_fx.kernels import ops
 from rosa_fx.kernels.bases.base import BaseFormat
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.base import Term
-from rosa_fx.kernels.terms.collect import CollectGradient, CollectShared, CollectTopK
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectReceived, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
 from rosa_fx.mask import Mask
@@ -159,7 +159,7 @@ class RosaWeight(nn.Module):
         self.paths: tuple[str, ...] = ()
         self.probe: Tensor | None = None
         self.topk_probe: Tensor | None = None
-        self.shared_masks = False
+        self.gives_gradients = False
         self.refresh()
         self.register_load_state_dict_post_hook(_follow_loaded_mask)
         self.register_forward_pre_hook(_no_fast_path)
@@ -183,7 +183,8 @@ class RosaWeight(nn.Module):
         key = self.layout_key
         if self.phase == "collect" and torch.is_grad_enabled():
             # Eager mode hands over the dense gradient of all uses summed, one layer at a time anyway. In a compiled
-            # graph gradients leave together at the end, so there the mask itself leaves, if one backward is all.
+            # graph gradients leave together at the end, so there the mask itself leaves if one backward is all, and
+            # else a count: the gradient goes to its receiver on the way.
             if self.topk_probe is not None and torch.compiler.is_compiling():
                 delta.append(self.topk_probe)
                 key = self.topk_key
@@ -224,7 +225,7 @@ class RosaWeight(nn.Module):
         layout = self.layout()
         self.layout_key = layout.key
         self.collect_key = self._with(layout, CollectGradient())
-        self.topk_key = self._with(layout, CollectShared() if self.shared_masks else CollectTopK())
+        self.topk_key = self._with(layout, CollectReceived() if self.gives_gradients else CollectTopK())
 
     @staticmethod
     def _with(layout: Layout, extra: Term) -> str:
@@ -256,14 +257,14 @@ class RosaWeight(nn.Module):
         self, hook: Callable[[Tensor], Any], topk_hook: Callable[[Tensor], Any] | None, receiver: int | None = None
     ) -> None:
         """Arm collection: `hook` gets the probe after each backward; `topk_hook` is for graphs that return the mask, or that
-        give the gradient to a receiver of that number (`CollectShared`)."""
+        give the gradient to a receiver of that number (`CollectReceived`)."""
         if self.sparse is None:
             return
         device = self.sparse.values.device
         self.probe = torch.zeros((), device=device).expand(self.matrix).requires_grad_()
         self.probe.register_post_accumulate_grad_hook(hook)
         self.topk_probe = None
-        self.shared_masks = receiver is not None
+        self.gives_gradients = receiver is not None
         self.refresh()
         if topk_hook is not None:
             size = 1 + 2 * self.sparse.values.numel() if receiver is None else 1

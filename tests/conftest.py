@@ -22,6 +22,7 @@ from rosa_fx.mask import Mask
 sys.path.append(str(Path(__file__).parent))
 pytest.register_assert_rewrite(
     "adapter_models",
+    "allocations",
     "captured_models",
     "chat_models",
     "interpreter",
@@ -42,10 +43,11 @@ def _no_earlier_breaks() -> None:
 
 
 class Nobody:
-    """Takes the gradients of a `collect_shared` probe that holds a zero."""
+    """Takes the gradients of a `collect_received` probe that holds a zero."""
 
-    def take(self, gradient: Tensor) -> None:
-        gradient.fill_(torch.nan)
+    def take(self, gradient: Tensor, lent: bool) -> None:
+        if not lent:
+            gradient.fill_(torch.nan)
 
 
 NOBODY = receivers[0] = Nobody()
@@ -124,7 +126,7 @@ def build_case(
         "sparse": [(randn(csr.nnz) * step).to(adapter_dtype), csr.row_offsets, csr.cols],
         "collect_gradient": [torch.zeros(()).expand(shape)],
         "collect_topk": [torch.zeros(1 + 2 * csr.nnz)],
-        "collect_shared": [torch.zeros(1)],
+        "collect_received": [torch.zeros(1)],
     }
     tensors["low_rank_given"] = [*tensors["low_rank"], torch.empty(0)]  # the product with x follows below
     described = tuple(term(kind, **({"scale": scale} if "low_rank" in kind else {})) for kind in terms)

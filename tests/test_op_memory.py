@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor
 
 from rosa_fx.kernels import ops
@@ -37,26 +38,6 @@ def test_nothing_reads_uninitialised_memory(make_case: MakeCase, base: str, doub
             out += [ops.materialize(case.base, delta, key), *ops.linear_grads(case.dy, case.x, delta, key)]
             out += ops.materialize_backward(case.dy.t() @ case.x, delta, key)
             assert all(bool(tensor.isfinite().all()) for tensor in out), (m, terms)
-
-
-class Allocations:
-    """Largest block and largest live total that torch's allocator gave out inside the `with`, in bytes."""
-
-    def __enter__(self) -> Allocations:
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
-        profiler: Any = self._profile.profiler
-        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        self.largest = max(changes, default=0)
-        self.peak = live = 0
-        for change in changes:
-            live += change
-            self.peak = max(self.peak, live)
 
 
 def test_allocations_are_seen() -> None:

@@ -12,7 +12,6 @@ from reference_rosa import (
     C,
     D,
     J,
-    L,
     Pair,
     assert_same_masks,
     assert_unchanged,
@@ -71,7 +70,7 @@ def graphs() -> int:
 
 @pytest.mark.parametrize(("num_grads", "micro"), [(1, 1), (2, 2)])
 def test_compiled(recorder: Recorder, num_grads: int, micro: int) -> None:
-    """Masks, at most one compilation per phase, and no dense float32 gradient when one backward call is all."""
+    """Masks, at most one compilation per phase, and no dense float32 gradient in any graph."""
     spec = spec_of(base="nf4", schedule="wl2", num_grads=num_grads)
     model, oracle = twins(spec, feed_forward())
     schedule = rosa_fx.MaskSchedule(model)
@@ -92,11 +91,7 @@ def test_compiled(recorder: Recorder, num_grads: int, micro: int) -> None:
     assert_same_masks(model, oracle)
     assert all(counts[0] <= 1 and not any(counts[1:]) for counts in seen.values()), seen
     torch.testing.assert_close(torch.tensor(losses)[..., 0], torch.tensor(losses)[..., 1])
-    dense = {
-        phase: [v for v in found if v[2] in ((24, D), (D, 24)) and v[3].is_floating_point] for phase, found in values.items()
-    }
-    assert dense[L] == dense[J] == []
-    assert bool(dense[C]) == (num_grads > 1)
+    assert not [v for found in values.values() for v in found if v[2] in ((24, D), (D, 24)) and v[3].is_floating_point]
     assert any("linear_grads" in v[1] for v in values[C])
     # Evaluation and training in turn: one more graph for evaluation, then none.
     compiled = graphs()

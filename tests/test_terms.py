@@ -187,7 +187,7 @@ def test_collected_gradient_is_no_view_of_the_dense_one() -> None:
     assert grad.is_contiguous()
 
 
-@pytest.mark.parametrize("extra", ["collect_gradient", "collect_topk", "collect_shared"])
+@pytest.mark.parametrize("extra", ["collect_gradient", "collect_topk", "collect_received"])
 def test_collecting_changes_no_result(make_case: MakeCase, extra: str) -> None:
     plain, watched = (make_case(base="nf4", terms=terms) for terms in (("low_rank",), ("low_rank", extra)))
     for case in (plain, watched):

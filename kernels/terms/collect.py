@@ -47,25 +47,26 @@ def _(score: Tensor, nnz: int) -> Tensor:
 
 
 class Receiver(Protocol):
-    """Takes the dense gradients [N, K] float32 of one weight, one per backward call; each is its own from then on."""
+    """Takes the dense gradients [N, K] float32 of one weight, each when it is there. What is `lent` is not to be written to,
+    and not to be kept without a copy; the rest is the receiver's own."""
 
-    def take(self, gradient: Tensor) -> None: ...
+    def take(self, gradient: Tensor, lent: bool) -> None: ...
 
 
 receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
-"""By the number that a `CollectShared` probe holds."""
+"""By the number that a `CollectReceived` probe holds."""
 
 
-def hand_over(gradient: Tensor, probe: Tensor) -> Tensor:
+def hand_over(gradient: Tensor, probe: Tensor, lent: bool = False) -> Tensor:
     """Give a gradient to the receiver of `probe`; returns what counts the call."""
-    receivers[int(probe)].take(gradient)
+    receivers[int(probe)].take(gradient, lent)
     return torch.ones_like(probe)
 
 
 @torch.library.custom_op("rosa_fx::give_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def give_gradient(gradient: Tensor, probe: Tensor) -> Tensor:
-    """The gradient of a `CollectShared` probe, float32 [1], in a graph that goes on to use the memory of `gradient` [N, K]."""
-    return hand_over(gradient.clone(), probe)
+    """The gradient of a `CollectReceived` probe, float32 [1], in a graph that uses the memory of `gradient` [N, K] again."""
+    return hand_over(gradient, probe, lent=True)
 
 
 @give_gradient.register_fake
@@ -136,15 +137,15 @@ class CollectTopK(Term):
 
 
 @dataclass(frozen=True)
-class CollectShared(Term):
+class CollectReceived(Term):
     """The dense weight gradient goes to the receiver whose number `probe` [1] holds, one layer at a time; the gradient of
     `probe` counts the calls.
 
-    For masks that several processes make together: a sum over processes belongs to the whole gradient of a weight, so its
-    uses are joined as for `CollectTopK`.
+    For masks from several backward calls or processes. What is squared or sent is the whole gradient of a weight, so its uses
+    are joined as for `CollectTopK`.
     """
 
-    kind: ClassVar[str] = "collect_shared"
+    kind: ClassVar[str] = "collect_received"
     tensor_names: ClassVar[tuple[str, ...]] = ("probe",)
     trainable: ClassVar[tuple[str, ...]] = ("probe",)
     folds: ClassVar[bool] = True

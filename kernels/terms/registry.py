@@ -6,12 +6,12 @@ from typing import Any
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels.terms.base import Term
-from rosa_fx.kernels.terms.collect import CollectGradient, CollectShared, CollectTopK
+from rosa_fx.kernels.terms.collect import CollectGradient, CollectReceived, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
 
-_ALL = (LowRank, Sparse, CollectGradient, CollectTopK, CollectShared, LowRankGiven)
+_ALL = (LowRank, Sparse, CollectGradient, CollectTopK, CollectReceived, LowRankGiven)
 TERMS: dict[str, type[Term]] = {term.kind: term for term in _ALL}
 
 

@@ -7,7 +7,6 @@ chooses the mask and sends it to the others.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable
 
@@ -19,24 +18,17 @@ from rosa_fx.distributed.in_order import InOrder
 from rosa_fx.distributed.processes import Processes
 from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.kernels.cpu.sparse import select_topk
-from rosa_fx.kernels.terms.collect import receivers
 from rosa_fx.mask import Mask
 from rosa_fx.weight import RosaWeight
-
-_numbers = itertools.count(1)
 
 
 class SharedCollector(Collector):
     """A `Collector` whose gradients are one process's share. With `single` they are sent while the backward pass goes on."""
 
-    def __init__(
-        self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None, order: InOrder, rank: int
-    ) -> None:
+    def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None, order: InOrder) -> None:
         super().__init__(name, weight, mode, single, limit)
-        self.number = next(_numbers)
         self.bad: Tensor | None = None
-        self._order, self._rank = order, rank
-        receivers[self.number] = self
+        self._order = order
 
     @torch.no_grad()
     def add_gradient(self, probe: Tensor) -> None:
@@ -44,7 +36,10 @@ class SharedCollector(Collector):
         gradient, probe.grad = probe.grad, None
         assert gradient is not None
         self.count += 1
-        self.take(gradient)
+        if self.single:
+            self._send(gradient)
+        else:
+            self._add(gradient)
 
     @torch.no_grad()
     def add_mask(self, probe: Tensor) -> None:
@@ -55,12 +50,16 @@ class SharedCollector(Collector):
         self.overlapping |= int(calls) != 1
 
     @torch.no_grad()
-    def take(self, gradient: Tensor) -> None:
-        """A gradient [N, K] of one backward call, which is this object's own."""
+    def take(self, gradient: Tensor, lent: bool) -> None:
+        """A gradient [N, K] of one backward call, from a compiled graph."""
+        if self.single:
+            self._send(gradient.clone() if lent else gradient)
+        else:
+            super().take(gradient, lent)
+
+    def _send(self, gradient: Tensor) -> None:
         score = gradient.square_() if self.mode == "mean_squared" else gradient
-        if not self.single:
-            self.total = score if self.total is None else self.total.add_(score)
-        elif self.bad is None:  # else this is a second one, which is refused at the end
+        if self.bad is None:  # else this is a second one, which is refused at the end
             self.bad = ~torch.linalg.vector_norm(score, float("inf")).isfinite() if score.numel() else torch.tensor(False)
             self._order.put(self.name, score)
 
@@ -86,7 +85,7 @@ class SharedCollection:
 
     def collector(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None) -> SharedCollector:
         """The collector of one of the names."""
-        made = SharedCollector(name, weight, mode, single, limit, self.order, self.processes.rank)
+        made = SharedCollector(name, weight, mode, single, limit, self.order)
         self._collectors[name] = made
         return made
 
