@@ -144,7 +144,9 @@ def cost(
     data: Annotated[Path, typer.Option(help="JSONL rows of messages.")],
     out: Out = DEFAULT_OUT,
     model: Annotated[str, typer.Option(help="A directory, a .gguf file, a hub name or smollm2-135m.")] = "smollm2-135m",
-    method: Annotated[list[str] | None, typer.Option(help="Methods that are timed; all by default.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Methods that are timed (large budget, nf4); all by default.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 4,
     max_length: Annotated[int, typer.Option(help="Tokens; longer rows are left out.")] = 128,
 ) -> None:
@@ -155,7 +157,9 @@ def cost(
     for cell in grid.cells((), tuple(grid.BUDGETS), ("keep", "nf4")):
         key = {"method": cell.method, "budget": cell.budget, "base": cell.base, "setting": setting}
         if results.missing([key]):
-            timed = cell.budget != "small" and (not method or cell.method in method)
+            timed = (cell.method == "full" or (cell.budget, cell.base) == ("large", "nf4")) and cell.method in (
+                method or [cell.method]
+            )
             seconds = {"step_seconds": costs.step_seconds(bench, cell)} if timed else {}
             results.add(key, {"bytes": costs.held_bytes(bench, cell), **seconds})
 
