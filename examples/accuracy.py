@@ -1,11 +1,11 @@
-"""Does RoSA's claim hold with this code? Every figure of docs/accuracy.md comes from the commands here.
+"""Does RoSA's claim hold with this code? Every figure of docs/accuracy comes from the commands here.
 
 python examples/accuracy.py known-answer       recover a known low-rank + sparse update
 python examples/accuracy.py task --data F      fine-tune a real model on chats, all methods at equal budgets
 python examples/accuracy.py recipe             what each choice of the recipe is worth, on known updates
 python examples/accuracy.py cost --data F      memory and time of a step of each method
 python examples/accuracy.py structure --data F where masks from real gradients lie
-python examples/accuracy.py report             docs/accuracy.md and its pictures from the results so far
+python examples/accuracy.py report             docs/accuracy/README.md and its pictures, from the results so far
 
 A command that is interrupted goes on where it stopped: each finished run is one line of a JSONL file.
 """
@@ -32,6 +32,13 @@ from rosa_fx.data import make_batches
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 Out = Annotated[Path, typer.Option(help="Folder of the results (JSONL) and of the report.")]
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "docs" / "accuracy"
+
+
+def known_variants(names: list[str] | None) -> list[str]:
+    """The names, if all are of variants of the recipe."""
+    if unknown := {*(names or [])} - recipe.VARIANTS.keys():
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; variants: {', '.join(recipe.VARIANTS)}")
+    return names or []
 
 
 @app.command("known-answer")
@@ -61,6 +68,7 @@ def run_recipe(
     out: Out = DEFAULT_OUT,
     seeds: Annotated[int, typer.Option(help="Teachers per setting.")] = 10,
     kind: Annotated[str, typer.Option(help="linear, transformer or both.")] = "both",
+    variant: Annotated[list[str] | None, typer.Option(help="Variants; all by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Runs to make now.")] = None,
 ) -> None:
     """Change one choice of RoSA's recipe at a time, on teachers with a known update."""
@@ -70,7 +78,7 @@ def run_recipe(
     keys = [
         {"problem": asdict(known_answer.middle(each, seed)), "variant": name}
         for each in kinds
-        for name in recipe.VARIANTS
+        for name in known_variants(variant) or recipe.VARIANTS
         for seed in range(seeds)
     ]
     for key in track(results.missing(keys)[:limit], "recipe"):
@@ -100,10 +108,8 @@ def task(
     """Fine-tune with every method: three learning rates, then more seeds at the best of them, whose answers are judged."""
     setting = Setting(data.name, train_rows, held_rows, batch, epochs, max_length, schedule, warmup_steps)
     results = Results(out / "task.jsonl")
-    if unknown := {*(variant or ())} - recipe.VARIANTS.keys():
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; variants: {', '.join(recipe.VARIANTS)}")
     budgets, bases = budget or tuple(grid.BUDGETS), base or ("keep", "nf4")
-    wanted = [cell for name in variant or ("",) for cell in grid.cells(method or (), budgets, bases, name)]
+    wanted = [cell for name in known_variants(variant) or [""] for cell in grid.cells(method or (), budgets, bases, name)]
     bench = Bench(setting, data, model)
     made = 0
     while limit is None or made < limit:

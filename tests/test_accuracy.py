@@ -54,6 +54,20 @@ def test_every_method_spends_the_budget() -> None:
             assert spent == sum(rank * sum(p.shape) for p in weights)
 
 
+def test_random_masks_are_set_and_differ_by_seed() -> None:
+    def masks(seed: int) -> dict[str, rosa_fx.Mask]:
+        spec = rosa_fx.RosaSpec(base="keep", rank=2, density=0.05, targets=["*.weight"])
+        model = rosa_fx.transform(nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 40)), spec)
+        methods.set_random_masks(model, seed)
+        assert rosa_fx.MaskSchedule(model, "spa_only").phase == "sparse", "nothing is collected"
+        return rosa_fx.masks(model)
+
+    one, same, other = masks(0), masks(0), masks(1)
+    assert one.keys() == {"0.weight", "1.weight"}
+    assert all(torch.equal(one[name].cols, same[name].cols) for name in one)
+    assert not any(torch.equal(one[name].cols, other[name].cols) for name in one)
+
+
 def test_full_fine_tuning_trains_the_same_weights_in_float32(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -12,7 +12,7 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
     # The same number of trials for each. An entry of W moves by about the rate per step, an entry of B A by far less.
     "full": (6e-5, 2e-5, 2e-4),
     "low-rank": (3e-3, 1e-3, 1e-2),
-    "sparse": (1e-3, 3e-4, 3e-3),
+    "sparse": (3e-4, 1e-3, 3e-3),
     "rosa": (3e-3, 1e-3, 1e-2),
 }
 SPARSE_SHARE = 0.3

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import rosa_fx
+from rosa_fx.state import state_of
 from rosa_fx.targets import select_targets
 
 BUDGETS = {"small": 4, "large": 16}
@@ -72,9 +73,10 @@ def set_random_masks(model: nn.Module, seed: int) -> None:
     """Masks of random entries, as many as the spec says."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for name in rosa_fx.masks(model):
+    for name in state_of(model).weights:
         weight = rosa_fx.adapter(model, name)
-        assert weight.sparse is not None
+        if weight.sparse is None:
+            continue
         rows, columns = weight.shape[-2:]
         count = weight.sparse.values.numel()
         flat = torch.randperm(rows * columns, generator=generator)[:count]
