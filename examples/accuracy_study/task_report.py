@@ -172,8 +172,8 @@ def draw(cells: Sequence[Found], costs: Sequence[Row], path: Path) -> None:
         axis.set_xlabel(name)
         axis.grid(alpha=0.25)
     for axis in axes[:3]:
-        axis.set_xscale("log")
         axis.set_ylabel("held-out loss")
+    axes[0].set_xscale("log")
     axes[3].set_ylabel("training loss, mean of 9 steps and of seeds")
     axes[3].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=7)
