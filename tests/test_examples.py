@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import rosa_fx
 from rosa_fx.cli import app
+from rosa_fx.models import default_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +77,7 @@ def test_quickstart(model_dir: Path, tmp_path: Path) -> None:
     printed = run(ROOT / "examples" / "quickstart.py", model_dir, "7", cwd=tmp_path, TORCH_COMPILE_DISABLE="1")
     ((before, after),) = re.findall(r"held-out loss (\d+\.\d+) -> (\d+\.\d+), adapter in runs/quickstart", printed)
     assert float(after) < float(before)
-    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=default_dtype())
     rosa_fx.load_adapter(model, tmp_path / "runs" / "quickstart")
     assert len(rosa_fx.masks(model)) == 14, "seven weights in each of two blocks"
 

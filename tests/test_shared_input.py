@@ -284,7 +284,9 @@ def test_given_product_means_the_low_rank_term(make_case: Callable[..., Any]) ->
     region = (2, 9, 3, 16)
     x, part = case.x[:, 3:], [A, B, case.x[:, 3:] @ A[:, 3:].t(), *rest]
     expected = ops.linear(x, None, case.base, case.delta, case.layout.part(region).key)
-    assert torch.equal(ops.linear(x, None, case.base, part, given.part(region).key), expected)
+    # The product of a part of x may be rounded otherwise than the operator's own, whose rows lie side by side.
+    exact = ops.linear(x.double(), None, case.base, case.delta64, case.layout64.part(region).key)
+    assert_budget([ops.linear(x, None, case.base, part, given.part(region).key)], [expected], [exact], FLOAT32)
     dense = [ops.materialize(case.base, d, key.key) for d, key in ((case.delta, case.layout), (part, given))]
     assert torch.equal(*dense)
     grads = [ops.linear_grads(case.dy, case.x, d, k.key) for d, k in ((case.delta, case.layout), (part, given))]

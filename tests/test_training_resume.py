@@ -3,6 +3,7 @@
 import itertools
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,15 @@ def test_an_interrupt_without_a_folder_says_that_nothing_is_saved() -> None:
         train(make_model(), make_data(), config(), loss_fn=interrupt)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell's background job inherits that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_an_interrupt_waits_for_the_end_of_an_update() -> None:
     done = []
 
@@ -147,6 +157,7 @@ def test_an_interrupt_waits_for_the_end_of_an_update() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_the_trainer_takes_signals_over_and_gives_them_back() -> None:
     """A handler that the program has set itself stays in force, and other threads train without any."""
     seen: list[Any] = []
@@ -174,6 +185,7 @@ def test_the_trainer_takes_signals_over_and_gives_them_back() -> None:
     assert seen[-1] == before
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_step_that_fails_because_of_ctrl_c_is_saved_as_one(tmp_path: Path) -> None:
     """Ctrl-C on a terminal also reaches compilers and data workers, whose end then makes the step fail."""
     calls = itertools.count(1)
