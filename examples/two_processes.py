@@ -106,6 +106,7 @@ def main() -> None:
     if rank == 0:
         print(f"{len(digest)} masks, the same in {sum(d == digests[0] for d in digests)} of {size} processes")
         print(f"loss {before:.3f} -> {after:.3f}, adapter in {arguments.out / 'adapter'}")
+    dist.barrier()  # a group that is taken apart right after it was used may wait for its own threads for good
     dist.destroy_process_group()
 
 

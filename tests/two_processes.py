@@ -65,6 +65,7 @@ def main() -> None:
             raise
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     if size > 1:
+        dist.barrier()  # a group that is taken apart right after it was used may wait for its own threads for good
         dist.destroy_process_group()
 
 
