@@ -43,7 +43,7 @@ SmolLM2-135M-Instruct learns to answer questions with SQL: {train_rows} rows to 
 {epochs} epoch(s), {batch} rows a step, linear decay of the learning rate after {warmup_steps} steps, rows of at most
 {max_length} tokens. Every method trains `R · (N + K)` numbers per linear weight (not the head; R = {large}); full fine-tuning
 trains all of them, over the unquantised base. Methods with both terms make their masks by `{schedule}`, and the rate of their
-sparse values is {share} of the other. Each is tried with three learning rates and one seed; the best one is run with further
+sparse values is {share} of the other. Each is tried with four learning rates and one seed; the best one is run with further
 seeds. A seed fixes the order of rows and the start of A, alike for all methods.
 
 Held-out loss: mean negative log likelihood per token of the answer, ± a 95 % interval over seeds. Exact match: greedy answers
