@@ -16,23 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from rosa_fx.kernels.cpu.gradient import weight_gradient
 from rosa_fx.kernels.cpu.sparse import row_ids, select_topk
 from rosa_fx.kernels.terms.base import Shape, Term
-
-
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x [N, K] in float32: fp16 squares would underflow, and bf16 sums lose the order of close entries.
-
-    Factors in another dtype are converted some rows at a time: of the size of the result there is the result alone.
-    """
-    if dy.dtype == x.dtype == torch.float32:
-        return dy.t() @ x
-    n, k = dy.shape[1], x.shape[1]
-    out = dy.new_zeros(n, k, dtype=torch.float32)
-    step = max(32, n * k // (16 * max(1, n + k)))
-    for left, right in zip(dy.split(step), x.split(step), strict=True):
-        out.addmm_(left.t().float(), right.float())
-    return out
 
 
 @torch.library.custom_op("rosa_fx::select_mask", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
