@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Allocations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
+from rosa_fx.kernels import topk
 from rosa_fx.kernels.cpu import sparse
 from rosa_fx.kernels.cpu.sparse import scatter_add_, sddmm, select_topk
 
@@ -235,23 +237,43 @@ def test_select_topk(N: int, K: int, share: float, kind: str, layout: str, seed:
     assert torch.equal(offsets, expected_offsets)
     assert torch.equal(cols, expected_cols)
     assert offsets.dtype == cols.dtype == torch.int32
-    fallback_offsets, fallback_cols = sparse._select_topk_torch(score, nnz)
+    fallback_offsets, fallback_cols = topk.select_topk(score, nnz)
     assert torch.equal(fallback_offsets, expected_offsets)
     assert torch.equal(fallback_cols, expected_cols)
     assert fallback_offsets.dtype == fallback_cols.dtype == torch.int32
 
 
+@pytest.mark.parametrize("shape", [(700, 1201), (3, 40_001)])
 @pytest.mark.parametrize("kind", ["random", "ties"])
-def test_select_topk_over_several_batches_and_threads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_CHUNK", 5000)
-    score = torch.rand(700, 1201, generator=torch.Generator().manual_seed(0))
+def test_select_topk_over_several_batches_and_threads(
+    kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk, "_LEAST", 5000)
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     if kind == "ties":
         score = (score * 8).floor()
-    expected = reference_topk(score, 50_001)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for result in (select_topk(score, 50_001), sparse._select_topk_torch(score, 50_001)):
-            assert all(torch.equal(a, b) for a, b in zip(result, expected))
+    for nnz in (score.numel() // 17, score.numel()):
+        expected = reference_topk(score, nnz)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for result in (select_topk(score, nnz), topk.select_topk(score, nnz)):
+                assert all(torch.equal(a, b) for a, b in zip(result, expected))
+
+
+def test_select_topk_without_a_kernel_needs_a_tenth_of_the_scores_and_never_waits() -> None:
+    """What a GPU runs: peak of all that lives beside the result. Under fake tensors reading a value raises."""
+    score = torch.rand(2048, 2100, generator=torch.Generator().manual_seed(0))
+    nnz = score.numel() // 150
+    with Allocations() as made:
+        topk.select_topk(score, nnz)
+    result = 4 * (2 * nnz + 2048)
+    assert 0 < made.peak - result <= score.nbytes / 10
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        fake = torch.empty(300, 1000)
+        offsets, cols = topk.select_topk(fake, 5000)
+        assert (offsets.shape, cols.shape) == ((301,), (5000,))
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+            fake.max().item()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -260,7 +282,7 @@ def test_select_topk_reports_what_is_not_finite(bad: float) -> None:
         score = torch.rand(5, 33)
         score[position] = bad
         for nnz in (0, 11):
-            for offsets, cols in (select_topk(score, nnz), sparse._select_topk_torch(score, nnz)):
+            for offsets, cols in (select_topk(score, nnz), topk.select_topk(score, nnz)):
                 assert cols.tolist() == [-1] * nnz
                 assert offsets.tolist() == [0] + [nnz] * 5
 

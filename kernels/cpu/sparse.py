@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
+from rosa_fx.kernels import topk
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT32_MAX = 2**31 - 1
@@ -209,7 +210,7 @@ def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     score = score.detach()
     library = native(score)
     if library is None:
-        return _select_topk_torch(score, nnz)
+        return topk.select_topk(score, nnz)
     row_offsets = torch.empty(rows + 1, dtype=torch.int32)
     cols = torch.empty(nnz, dtype=torch.int32)
     status = library.rosa_select_topk(
@@ -229,40 +230,3 @@ def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
         row_offsets.fill_(nnz)
         row_offsets[0] = 0
     return row_offsets, cols
-
-
-def _select_topk_torch(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
-    rows, columns = score.shape
-    device = score.device
-    row_offsets = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-    cols = torch.empty(nnz, dtype=torch.int32, device=device)
-    chunks = score.split(max(1, _CHUNK // max(1, columns))) if score.numel() else ()
-    if not all(bool(chunk.isfinite().all()) for chunk in chunks):
-        row_offsets[1:] = nnz
-        return row_offsets, cols.fill_(-1)
-    if nnz == 0:
-        return row_offsets, cols
-    # Non-negative floats order like their bits: find the nnz-th largest key bit by bit, then take what is above it
-    # and the first of what equals it. (torch.topk promises nothing about ties.)
-    threshold = torch.zeros((), dtype=torch.int32, device=device)
-    for bit in range(30, -1, -1):
-        trial = threshold | (1 << bit)
-        count = torch.stack([(_keys(chunk) >= trial).sum() for chunk in chunks]).sum()
-        threshold = torch.where(count >= nnz, trial, threshold)
-    ties = nnz - torch.stack([(_keys(chunk) > threshold).sum() for chunk in chunks]).sum()
-    row, filled = 0, 0
-    for chunk in chunks:
-        key = _keys(chunk)
-        equal = key == threshold
-        rank = equal.flatten().cumsum(0).view_as(equal)
-        taken = (key > threshold) | (equal & (rank <= ties))
-        ties = (ties - rank.flatten()[-1]).clamp(min=0)
-        found = taken.nonzero()[:, 1]
-        cols[filled : filled + found.numel()] = found
-        row_offsets[row + 1 : row + 1 + len(chunk)] = filled + taken.sum(1).cumsum(0)
-        row, filled = row + len(chunk), filled + found.numel()
-    return row_offsets, cols
-
-
-def _keys(score: Tensor) -> Tensor:
-    return score.view(torch.int32).clamp(min=0)
