@@ -20,5 +20,6 @@
 #include "rows.cpp"
 #include "scatter.cpp"
 #include "sddmm.cpp"
+#include "gradient.cpp"
 #include "spmm.cpp"
 #include "topk.cpp"
