@@ -150,7 +150,7 @@ def _whole(
 def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout) -> Tensor:
     wide = x.float().contiguous()
     out = torch.empty(x.shape[0], layout.out_shape[0])
-    source.few(_region(layout), wide, out)
+    source.few(_region(layout), wide, out, low=x.dtype == torch.bfloat16)
     for item, tensors in beside:
         left, thin = item.factors(wide, tensors, False)
         out.addmm_(left.float(), thin)

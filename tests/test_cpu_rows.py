@@ -99,6 +99,56 @@ def test_few_rows(N: int, K: int, base: tuple[str, dict[str, Any]], M: int, cut:
     assert bool(((outputs[0] - exact).abs() <= paths * torch.finfo(torch.float32).eps * size).all())
 
 
+@FUZZ
+@given(
+    N=st.sampled_from([1, 2, 7, 31, 33, 65]),
+    K=st.sampled_from([8, 64, 120, 128, 136, 192, 1000, 1024, 1032, 2176]),
+    base=st.sampled_from(
+        [("nf4", {"blocksize": 2**exponent}) for exponent in (5, 6, 7, 8, 12)] + [("fp4", {"double_quant": True})]
+    ),
+    M=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 33, 64]),
+    dtype=st.sampled_from(DTYPES),
+    cut=st.floats(0, 1),
+    low=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_few_rows_of_codes_that_begin_at_words(
+    N: int, K: int, base: tuple[str, dict[str, Any]], M: int, dtype: torch.dtype, cut: float, low: bool, seed: int
+) -> None:
+    """What processors with AVX-512 decode in registers, in float32 and in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    form = base_format(base[0], **base[1])
+    stored = form.stored(form.quantize(torch.randn(N, K, generator=generator)))
+    assert stored is not None
+    assert stored.scales is not None
+    csr = random_csr(N, K, 0.1, dtype, generator) if seed % 3 else None
+    row, column = int(cut * (N - 1)), int((1 - cut) * (K - 1)) // 8 * 8
+    row_stop, column_stop = N - int(cut * (N - row - 1)), K - int(cut * (K - column - 8)) // 8 * 8
+    source = rows.source((N, K), stored, csr)
+    base_only = rows.source((N, K), stored, None)
+    assert source is not None
+    assert base_only is not None
+    region = (row, row_stop, column, column_stop)
+    weight, plain = (torch.empty(row_stop - row, column_stop - column) for _ in range(2))
+    source.write(region, weight)
+    base_only.write(region, plain)
+    # Scales of other rows are not to be touched.
+    scales = stored.scales.clone()
+    blocksize = stored.blocksize
+    stored.scales[: row * K // blocksize] = float("nan")
+    stored.scales[-(-row_stop * K // blocksize) :] = float("nan")
+    x = torch.randn(M, column_stop - column + 5, generator=generator).bfloat16().float()[:, : column_stop - column]
+    held = torch.full((M, row_stop - row + 2), float("nan"))
+    source.few(region, x, held[:, : row_stop - row], low)
+    stored.scales.copy_(scales)
+    assert bool(held[:, row_stop - row :].isnan().all())
+    exact, size = x.double() @ weight.double().t(), x.double().abs() @ (plain.double().abs() + (weight - plain).abs()).t()
+    # One rounding of each base weight to 8 bits where it may be; and as for any order of summation in at least 4 sums.
+    rounding = 2.0**-8 if low else 0
+    bound = (rounding + max(80, K // 4 + 8) * torch.finfo(torch.float32).eps) * size
+    assert bool(((held[:, : row_stop - row] - exact).abs() <= bound).all())
+
+
 def test_non_finite_sparse_values_stay_where_they_are() -> None:
     form = base_format("nf4")
     tensors = form.quantize(torch.ones(1, 64))

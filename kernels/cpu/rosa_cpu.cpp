@@ -11,7 +11,7 @@
 #include <memory>
 #include <new>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -21,5 +21,7 @@
 #include "scatter.cpp"
 #include "sddmm.cpp"
 #include "gradient.cpp"
+#include "few_fourbit.cpp"
+#include "few.cpp"
 #include "spmm.cpp"
 #include "topk.cpp"

@@ -90,9 +90,10 @@ class Source:
         if failed:
             raise MemoryError(f"no scratch memory for the sparse entries of {region[1] - region[0]} rows")
 
-    def few(self, region: Region, x: Tensor, out: Tensor) -> None:
+    def few(self, region: Region, x: Tensor, out: Tensor, low: bool = False) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, all float32, rows of x and out adjacent
-        elements. For few rows of x: the weight is decoded in the L1 cache and never stored. Raises as `write`."""
+        elements. For few rows of x: the weight is decoded in the L1 cache and never stored. `low`: x holds bfloat16 values, and
+        D(Q), though not S, may be rounded to that too. Raises as `write`."""
         failed = self._library.rosa_few_rows(
             ctypes.byref(self._rows),
             *region,
@@ -101,6 +102,7 @@ class Source:
             x.stride(0),
             out.data_ptr(),
             out.stride(0),
+            low,
             torch.get_num_threads(),
         )
         if failed:
@@ -114,7 +116,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rosa_write_rows.restype = i32
     library.rosa_spmm.argtypes = [ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64, i32]
     library.rosa_spmm.restype = i32
-    library.rosa_few_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32]
+    library.rosa_few_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32, i32]
     library.rosa_few_rows.restype = i32
     return library
 

@@ -66,7 +66,10 @@ class LowRank(Term):
         return A[:, column:column_stop], B[row:row_stop]
 
     def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
-        A, B = tensors[0].to(x.dtype), self._scaled(tensors[1], x.dtype)
+        A, B = tensors
+        if not transposed and x.dtype == torch.float32 and x.shape[0] < B.shape[0]:
+            return (x @ A.to(x.dtype).t()).mul_(self.scale), B.to(x.dtype).t()  # the smaller of the two is scaled
+        A, B = A.to(x.dtype), self._scaled(B, x.dtype)
         return (x @ B, A) if transposed else (x @ A.t(), B.t())
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,83 @@
+// A few rows of x times D(Q) + S: the weight is decoded in the L1 cache and never stored.
+//
+// Any base, by vectors of fp32: every element is decoded once, stored to L1 and read by M / 4 groups of rows. 4-bit codes on
+// AVX-512 have code of their own (few_fourbit.cpp).
+namespace {
+
+constexpr int WEIGHT_ROWS = 4;  // decoded together: each vector of x serves them all
+
+thread_local Scratch sum_scratch;
+
+// sums[MG][WEIGHT_ROWS] += the products of MG rows of x with WEIGHT_ROWS rows of the weight, over n columns.
+template <int MG>
+void dot_products(const float* w, const float* x, int64_t x_stride, int64_t n, vf* sums) {
+  vf acc[MG][WEIGHT_ROWS];
+  for (int m = 0; m < MG; ++m)
+    for (int i = 0; i < WEIGHT_ROWS; ++i) acc[m][i] = sums[m * WEIGHT_ROWS + i];
+  int64_t k = 0;
+  for (; k + VL <= n; k += VL) {
+    vf wv[WEIGHT_ROWS];
+    for (int i = 0; i < WEIGHT_ROWS; ++i) wv[i] = *reinterpret_cast<const vf*>(w + i * SPAN + k);
+    for (int m = 0; m < MG; ++m) {
+      const vf xv = *reinterpret_cast<const vf_unaligned*>(x + m * x_stride + k);
+      for (int i = 0; i < WEIGHT_ROWS; ++i) acc[m][i] += xv * wv[i];
+    }
+  }
+  for (; k < n; ++k)
+    for (int m = 0; m < MG; ++m)
+      for (int i = 0; i < WEIGHT_ROWS; ++i) acc[m][i][0] += x[m * x_stride + k] * w[i * SPAN + k];
+  for (int m = 0; m < MG; ++m)
+    for (int i = 0; i < WEIGHT_ROWS; ++i) sums[m * WEIGHT_ROWS + i] = acc[m][i];
+}
+
+using DotProducts = void (*)(const float*, const float*, int64_t, int64_t, vf*);
+
+float lane_sum(vf v) {
+  float lanes[VL];
+  *reinterpret_cast<vf_unaligned*>(lanes) = v;
+  for (int half = VL / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+}  // namespace
+
+extern "C" {
+
+// y[m][r - r0] = sum over c0 <= k < c1 of x[m][k - c0] (D(Q) + S)[r][k], summed in fp32. `low`: the x are bf16 values, and
+// D(Q) may be rounded to bf16 too, as a product of that dtype has it. No element depends on `threads`.
+int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const float* x, int64_t M,
+                  int64_t x_stride, float* y, int64_t y_stride, int low, int threads) {
+  const DotProducts kernels[] = {nullptr, dot_products<1>, dot_products<2>, dot_products<3>, dot_products<4>};
+  if (M == 0) return 0;
+#if defined(FEW_FOUR_BIT)
+  if (fits_few_fourbit(*rows, r0, r1, c0, c1)) return few_fourbit(*rows, r0, r1, c0, c1, x, M, x_stride, y, y_stride, low != 0, threads);
+#endif
+  const int64_t blocks = (r1 - r0 + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+  int failed = 0;
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * (c1 - c0) / 32768)));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = r0 + b * WEIGHT_ROWS, count = std::min<int64_t>(WEIGHT_ROWS, r1 - first);
+    float* w = row_scratch.get<float>(WEIGHT_ROWS * SPAN);
+    vf* sums = sum_scratch.get<vf>(M * WEIGHT_ROWS);
+    if (!w || !sums) {
+#pragma omp atomic write
+      failed = 1;
+      continue;
+    }
+    std::memset(sums, 0, M * WEIGHT_ROWS * sizeof(vf));
+    if (count < WEIGHT_ROWS) std::memset(w, 0, WEIGHT_ROWS * SPAN * sizeof(float));
+    for (int64_t c = c0; c < c1; c += SPAN) {
+      const int64_t n = std::min<int64_t>(SPAN, c1 - c);
+      for (int64_t i = 0; i < count; ++i) decode_row(*rows, first + i, c, c + n, w + i * SPAN);
+      for (int64_t m = 0; m < M; m += 4)
+        kernels[std::min<int64_t>(4, M - m)](w, x + m * x_stride + (c - c0), x_stride, n, sums + m * WEIGHT_ROWS);
+    }
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t i = 0; i < count; ++i) y[m * y_stride + (first - r0) + i] = lane_sum(sums[m * WEIGHT_ROWS + i]);
+  }
+  return failed;
+}
+
+}  // extern "C"
