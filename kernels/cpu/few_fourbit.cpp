@@ -12,7 +12,7 @@
 #define FEW_FOUR_BIT 1
 namespace {
 
-constexpr int CHUNK = 128;       // columns in a vector of codes
+constexpr int CODES = 128;       // columns in a vector of codes
 constexpr int SPAN_CHUNKS = 8;   // columns gone through at once: 8 rows of x, or 16 decoded rows in bf16, are 32 KiB
 constexpr int GROUP_ROWS = 8;    // rows of x that share a decoded vector of fp32
 constexpr int FEW_BLOCK = 32;    // rows of the weight per task
@@ -66,12 +66,12 @@ INLINE __m512 chunk_scales(const FewProblem& p, int64_t e, int words, __m512i bl
 
 // For the chunks begin .. end of rows that begin at element `first`, the last of them at `last`.
 Reading reading_of(const FewProblem& p, int64_t first, int64_t last, int64_t end) {
-  const bool whole = end * CHUNK <= p.c1 - p.c0;
-  if (whole && p.shift >= 7 && first % CHUNK == 0 && p.s->K % CHUNK == 0) return LARGE_BLOCKS;
-  return whole && p.shift <= 7 && ((last + (end - 1) * CHUNK) >> p.shift) + 16 <= p.blocks ? SMALL_BLOCKS : ANY;
+  const bool whole = end * CODES <= p.c1 - p.c0;
+  if (whole && p.shift >= 7 && first % CODES == 0 && p.s->K % CODES == 0) return LARGE_BLOCKS;
+  return whole && p.shift <= 7 && ((last + (end - 1) * CODES) >> p.shift) + 16 <= p.blocks ? SMALL_BLOCKS : ANY;
 }
 
-INLINE int words_of(const FewProblem& p, int64_t chunk) { return int(std::min<int64_t>(CHUNK, p.c1 - p.c0 - chunk * CHUNK) / 8); }
+INLINE int words_of(const FewProblem& p, int64_t chunk) { return int(std::min<int64_t>(CODES, p.c1 - p.c0 - chunk * CODES) / 8); }
 
 // sums[i][m] += the products of MG rows of x with rows e[0] .. e[WR - 1] of the weight, over the chunks begin .. end.
 template <int MG, int WR, int READING>
@@ -91,8 +91,8 @@ void few_products(const FewProblem& p, const int64_t* e, int64_t begin, int64_t 
     __m512 scale[WR], part[WR];
 #pragma GCC unroll 8
     for (int i = 0; i < WR; ++i) {
-      codes[i] = chunk_codes<READING>(p, e[i] + c * CHUNK, words);
-      scale[i] = chunk_scales<READING>(p, e[i] + c * CHUNK, words, blocks[i]);
+      codes[i] = chunk_codes<READING>(p, e[i] + c * CODES, words);
+      scale[i] = chunk_scales<READING>(p, e[i] + c * CODES, words, blocks[i]);
       part[i] = _mm512_setzero_ps();
     }
 #pragma GCC unroll 8
@@ -145,7 +145,7 @@ void few_arrange(const FewProblem& p, const float* x, int64_t m, int64_t chunk, 
   const int64_t group = few_group(p, BF16_PAIRS), rows = std::min<int64_t>(group, p.M - m / group * group);
   __m512 v[8];
   for (int j = 0; j < 8; ++j)
-    v[j] = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), __mmask16((1u << words) - 1), at, x + chunk * CHUNK + j, 4);
+    v[j] = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), __mmask16((1u << words) - 1), at, x + chunk * CODES + j, 4);
   const int64_t place = few_place(p, m, chunk, BF16_PAIRS ? 4 : 8, int(group));
   if (!BF16_PAIRS) {
     for (int j = 0; j < 8; ++j) _mm512_store_ps(static_cast<float*>(to) + (place + j * rows) * 16, v[j]);
@@ -214,10 +214,10 @@ template <int READING>
 void few_decode(const FewProblem& p, int64_t e, int64_t begin, int64_t n, uint16_t* to) {
   const __m512 table = _mm512_loadu_ps(p.s->table);
   const __m512i blocks = blocks_of_words(p, e);
-  for (int64_t c = begin; c < begin + n; ++c, to += CHUNK) {
+  for (int64_t c = begin; c < begin + n; ++c, to += CODES) {
     const int words = READING == ANY ? words_of(p, c) : 16;
-    const __m512i codes = chunk_codes<READING>(p, e + c * CHUNK, words);
-    const __m512 scale = chunk_scales<READING>(p, e + c * CHUNK, words, blocks);
+    const __m512i codes = chunk_codes<READING>(p, e + c * CODES, words);
+    const __m512 scale = chunk_scales<READING>(p, e + c * CODES, words, blocks);
 #pragma GCC unroll 4
     for (int j = 0; j < 8; j += 2) _mm512_store_si512(to + j * 16, (__m512i)decoded_pairs(codes, j, table, scale));
   }
@@ -239,8 +239,8 @@ void few_pair_products(const FewProblem& p, const int64_t* e, int64_t begin, int
     __m512 scale[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      codes[i] = chunk_codes<READING>(p, e[i] + c * CHUNK, words);
-      scale[i] = chunk_scales<READING>(p, e[i] + c * CHUNK, words, blocks[i]);
+      codes[i] = chunk_codes<READING>(p, e[i] + c * CODES, words);
+      scale[i] = chunk_scales<READING>(p, e[i] + c * CODES, words, blocks[i]);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 8; j += 2, x += MG * 32) {
@@ -279,7 +279,7 @@ using FewDecoder = void (*)(const FewProblem&, int64_t, int64_t, int64_t, uint16
 constexpr FewDecoder FEW_DECODERS[] = {few_decode<SMALL_BLOCKS>, few_decode<LARGE_BLOCKS>, few_decode<ANY>};
 
 void few_bf16(const FewProblem& p, int64_t first, int64_t count, const uint16_t* x, uint16_t* decoded, __m512* sums) {
-  constexpr int64_t row = SPAN_CHUNKS * CHUNK;
+  constexpr int64_t row = SPAN_CHUNKS * CODES;
   for (int64_t at = 0; at < count; at += BF16_ROWS) {
     const int64_t rows = std::min<int64_t>(BF16_ROWS, count - at);
     for (int64_t begin = 0; begin < p.chunks; begin += SPAN_CHUNKS) {
@@ -376,7 +376,7 @@ void few_sparse(const FewProblem& p, int64_t r, const float* x, const FewColumns
 // Columns of a chunk of x, transposed.
 void few_turn(const FewProblem& p, const float* x, int64_t x_stride, int64_t chunk, const FewColumns& to) {
   const int64_t columns = p.c1 - p.c0;
-  for (int64_t k = chunk * CHUNK; k < std::min(columns, (chunk + 1) * CHUNK); k += VL)
+  for (int64_t k = chunk * CODES; k < std::min(columns, (chunk + 1) * CODES); k += VL)
     for (int64_t m = 0; m < p.M; m += VL) {
       const __mmask16 within = __mmask16(k + VL <= columns ? 0xffff : 0xff);
       const __mmask16 fits = __mmask16(to.pitch - m >= VL ? 0xffff : 0xff);
@@ -395,7 +395,7 @@ void few_turn(const FewProblem& p, const float* x, int64_t x_stride, int64_t chu
 int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const float* x, int64_t M, int64_t x_stride, float* y,
                 int64_t y_stride, bool low, int threads) {
   const int shift = __builtin_ctzll(s.blocksize);
-  const int64_t chunks = (c1 - c0 + CHUNK - 1) / CHUNK;
+  const int64_t chunks = (c1 - c0 + CODES - 1) / CODES;
   const FewProblem p{&s, r0, r1, c0, c1, M, chunks, (s.N * s.K + s.blocksize - 1) >> shift, shift};
 #if defined(__AVX512BF16__)
   const bool pairs = low && M > 4;  // below, decoding takes most of the time, and it is in fp32 anyway
@@ -403,7 +403,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
   const bool pairs = false;
 #endif
   const int64_t columns = c1 - c0, tasks = (r1 - r0 + FEW_BLOCK - 1) / FEW_BLOCK;
-  float* arranged = few_x_scratch.get<float>(M * chunks * CHUNK);
+  float* arranged = few_x_scratch.get<float>(M * chunks * CODES);
   // 8 rows are read together with 8 of the next column.
   FewColumns turned{nullptr, M <= 8 ? 8 : (M + VL - 1) / VL * VL, low};
   const bool turns = s.values && M > 1;
@@ -431,7 +431,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       const int64_t padded = (FEW_BLOCK * M + VL) / VL * VL;
       __m512* sums = few_sums_scratch.get<__m512>(padded);
       float* totals = few_totals_scratch.get<float>(padded);
-      uint16_t* decoded = pairs ? few_block_scratch.get<uint16_t>(BF16_ROWS * SPAN_CHUNKS * CHUNK) : nullptr;
+      uint16_t* decoded = pairs ? few_block_scratch.get<uint16_t>(BF16_ROWS * SPAN_CHUNKS * CODES) : nullptr;
       if (!sums || !totals || (pairs && !decoded)) {
 #pragma omp atomic write
         failed = 1;
