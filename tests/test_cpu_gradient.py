@@ -84,6 +84,7 @@ def test_every_way(M: int, N: int, K: int, dy_t: torch.dtype, x_t: torch.dtype, 
     assert library is not None
     gradient._run(library, dy, x, wide[:, 2 : K + 2], gradient._STORE)
     assert torch.equal(wide[:, 2 : K + 2], out)
+    assert torch.equal(weight_gradient(dy, x, absolute=True), out.abs())
     assert bool(wide[:, [0, 1, -3, -2, -1]].isnan().all())
 
     before = torch.randn(N, K, generator=generator)
@@ -158,6 +159,7 @@ def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) ->
         dy, x = torch.randn(90, 37, generator=generator).to(dtype), torch.randn(90, 61, generator=generator).to(dtype)
         exact, out, total = plain(dy, x, torch.float64), weight_gradient(dy, x), torch.ones(37, 80)[:, :61]
         assert out.dtype == torch.float32
+        assert torch.equal(weight_gradient(dy, x, absolute=True), out.abs())
         assert bool(((out - exact).abs() <= 90 * EPS * plain(dy.abs(), x.abs(), torch.float64)).all())
         add_weight_gradient(total, dy, x, squared=True)
         torch.testing.assert_close(total, 1 + out.square())

@@ -276,6 +276,33 @@ def test_select_topk_without_a_kernel_needs_a_tenth_of_the_scores_and_never_wait
             fake.max().item()
 
 
+@pytest.mark.parametrize("kind", ["random", "ties", "two values", "rows", "columns", "sampled rows", "mostly zero"])
+@pytest.mark.parametrize(("N", "K", "nnz"), [(300, 1201, 5000), (8192, 16, 4096), (1, 90_001, 1), (90_001, 1, 700)])
+def test_select_topk_of_few_among_many(N: int, K: int, nnz: int, kind: str) -> None:
+    """Large scores, of which a sample tells where to look: whatever it misses."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(N, K, generator=generator)
+    if kind == "ties":
+        score = (score * 300).floor()
+    elif kind == "two values":
+        score = (score > 0.5).float()
+    elif kind == "rows":
+        score[:: max(1, N // 7)] += 1
+    elif kind == "columns":
+        score[:, :: max(1, K // 7)] += 1
+    elif kind == "sampled rows":  # of [8192, 16]: too few reach what the sample says
+        score[::32] += 1
+    elif kind == "mostly zero":
+        score = score.where(torch.rand(N, K, generator=generator) < nnz / (2 * N * K), torch.zeros(()))
+    expected = reference_topk(score, nnz)
+    for view in (score, laid_out(score, "columns")):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(select_topk(view, nnz), expected))
+    score[N // 2, K // 2] = float("nan")
+    assert bool((select_topk(score, nnz)[1] == -1).all())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_select_topk_reports_what_is_not_finite(bad: float) -> None:
     for position in ((0, 0), (4, 32), (4, 31), (2, 7)):

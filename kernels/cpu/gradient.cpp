@@ -1,5 +1,5 @@
-// Dense weight gradient: out [N, K] = dyᵀ x of dy [M, N] and x [M, K], stored, added, or added as squares. Included after
-// sddmm.cpp, whose reading of matrices of any strides it shares.
+// Dense weight gradient: dyᵀ x [N, K] of dy [M, N] and x [M, K]; stored, with or without its signs, or added to a sum, as it is
+// or squared. Included after sddmm.cpp, whose reading of matrices of any strides it shares.
 //
 // Both factors lie as an outer product wants them, so packing only widens. A task is a block of out; its sums stay in L2 while
 // M goes by in chunks, and nothing else of out's size exists. Packing costs some 3 cycles for each vector of x and dy, which
@@ -74,7 +74,7 @@ Pack pick_pack(int dtype, bool pairs) {
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
-enum Finish { STORE = 0, ADD = 1, ADD_SQUARE = 2 };
+enum Finish { STORE = 0, ADD = 1, ADD_SQUARE = 2, STORE_SIZE = 3 };
 
 // Sums in registers: TILE_N rows of TILE_V vectors, beside which there is room for the vectors of x and one value of dy.
 constexpr int TILE_N = VEC_BYTES == 64 ? 8 : 4, TILE_V = 3, TILE_K = TILE_V * VL;
@@ -86,7 +86,10 @@ constexpr int64_t BLOCK_N = 256, BLOCK_K = 8 * TILE_K;  // of out to a task: its
 INLINE vf load_floats(const float* p) { return (vf)*reinterpret_cast<const vu_unaligned*>(p); }
 INLINE void store_floats(float* p, vf v) { *reinterpret_cast<vu_unaligned*>(p) = (vu)v; }
 
-INLINE vf finished(Finish how, vf old, vf sum) { return how == STORE ? sum : how == ADD ? old + sum : old + sum * sum; }
+INLINE bool adds(Finish how) { return how == ADD || how == ADD_SQUARE; }
+INLINE vf finished(Finish how, vf old, vf sum) {
+  return how == STORE ? sum : how == ADD ? old + sum : how == ADD_SQUARE ? old + sum * sum : (vf)((vu)sum & 0x7fffffffu);
+}
 
 struct Tile {  // where the sums [TILE_N][TILE_K] of a chunk go
   const float *sums, *totals;  // of the chunks before in its group and of the groups before, where there are any
@@ -133,7 +136,7 @@ __attribute__((noinline)) void multiply(const uint32_t* dy, const uint32_t* x, i
 #pragma GCC unroll 4
       for (int v = 0; v < TILE_V; ++v) {
         float* p = t.out + n * t.pitch + v * VL;
-        store_floats(p, finished(t.how, t.how == STORE ? vf{} : load_floats(p), acc[n * TILE_V + v]));
+        store_floats(p, finished(t.how, adds(t.how) ? load_floats(p) : vf{}, acc[n * TILE_V + v]));
       }
     return;
   }
@@ -145,8 +148,7 @@ __attribute__((noinline)) void multiply(const uint32_t* dy, const uint32_t* x, i
   for (int64_t n = 0; n < t.rows; ++n)
     for (int64_t k = 0; k < t.columns; ++k) {
       float* p = t.out + n * t.pitch + k;
-      const float sum = edge[n * TILE_K + k];
-      *p = t.how == STORE ? sum : t.how == ADD ? *p + sum : *p + sum * sum;
+      *p = finished(t.how, adds(t.how) ? vf{} + *p : vf{}, vf{} + edge[n * TILE_K + k])[0];
     }
 }
 
@@ -202,7 +204,7 @@ int rosa_weight_gradient(const void* dy, int dy_dtype, int64_t dy_stride_m, int6
                          int how, int threads) {
   if (N == 0 || K == 0) return 0;
   if (M == 0) {
-    if (how == STORE)
+    if (!adds(Finish(how)))
       for (int64_t n = 0; n < N; ++n) std::fill(out + n * pitch, out + n * pitch + K, 0.0f);
     return 0;
   }

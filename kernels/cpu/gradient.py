@@ -15,11 +15,11 @@ from rosa_fx.errors import RosaError
 from rosa_fx.kernels.cpu.sparse import DTYPES, native
 
 _CHUNK = 1 << 20  # elements of a temporary in the torch implementations
-_STORE, _ADD, _ADD_SQUARE = range(3)  # `Finish` in gradient.cpp
+_STORE, _ADD, _ADD_SQUARE, _STORE_SIZE = range(4)  # `Finish` in gradient.cpp
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x, contiguous [N, K] float32, of dy [M, N] and x [M, K] of any strides.
+def weight_gradient(dy: Tensor, x: Tensor, *, absolute: bool = False) -> Tensor:
+    """dyᵀ x, contiguous [N, K] float32, of dy [M, N] and x [M, K] of any strides; |dyᵀ x| if `absolute`.
 
     float32 throughout: fp16 squares would underflow, and bf16 sums lose the order of close entries. No converted copy of a
     factor is made as large as the result. On the CPU the result does not depend on the number of threads.
@@ -28,9 +28,10 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     _check(dy, x)
     library = native(dy, x)
     if library is None:
-        return _torch(dy, x)
+        out = _torch(dy, x)
+        return out.abs_() if absolute else out
     out = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32)
-    _run(library, dy, x, out, _STORE)
+    _run(library, dy, x, out, _STORE_SIZE if absolute else _STORE)
     return out
 
 

@@ -1,13 +1,15 @@
-// Sparse pieces of a RoSA layer on the CPU. Plain C++17 + OpenMP, no torch headers: it compiles in a second or two and
-// is called through ctypes with raw pointers. Vector code is GCC/Clang vector extensions, so one source serves every
+// Sparse pieces of a RoSA layer on the CPU. Plain C++17 + OpenMP, no torch headers: it compiles in a few seconds and is
+// called through ctypes with raw pointers. Vector code is GCC/Clang vector extensions, so one source serves every
 // -march. Preconditions (checked by the Python caller or by Mask, not here): row_offsets starts at 0, never
 // decreases and ends at nnz; columns are in [0, K) and strictly increasing within a row.
 //
 // One compilation unit: the loader puts the parts below in the place of their #include.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
 #include <vector>

@@ -30,6 +30,7 @@ typedef uint16_t vh_unaligned __attribute__((vector_size(VEC_BYTES / 2), aligned
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE vu splat(uint32_t v) { return vu{} + v; }
 INLINE vu select(vu mask, vu yes, vu no) { return (mask & yes) | (~mask & no); }

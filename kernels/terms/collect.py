@@ -100,7 +100,7 @@ class CollectTopK(Term):
         return None
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [self.encode(weight_gradient(dy, x).abs_(), (tensors[0].numel() - 1) // 2)]
+        return [self.encode(weight_gradient(dy, x, absolute=True), (tensors[0].numel() - 1) // 2)]
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         score = dW.abs() if dW.dtype == torch.float32 else dW.float().abs_()
