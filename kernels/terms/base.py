@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rosa_fx.kernels.cpu.gradient import add_weight_gradient
+
 Shape = tuple[int, int]
 Region = tuple[int, int, int, int]
 """[row start, row stop) and [column start, column stop) of a weight."""
@@ -74,7 +76,11 @@ class Term(ABC):
         rows, (_, first, _) = shape[0] // stack, pieces[0]
         dW = first.new_zeros(shape, dtype=torch.promote_types(first.dtype, torch.float32))
         for index, dy, x in pieces:
-            dW[index * rows : (index + 1) * rows].addmm_(dy.t().to(dW.dtype), x.to(dW.dtype))
+            part = dW[index * rows : (index + 1) * rows]
+            if part.device.type == "cpu" and part.dtype == torch.float32:
+                add_weight_gradient(part, dy, x, squared=False)
+            else:
+                part.addmm_(dy.t().to(dW.dtype), x.to(dW.dtype))
         return self.grads_from_dense(dW, tensors)
 
     def csr(self, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
