@@ -220,8 +220,10 @@ def _collect_topk(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[
 
 
 def _collect_received(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
-    """A count; the gradient is lent, since its buffer is the graph's."""
-    return [inductor.call(ops.give_gradient.default, _weight_gradient(dy, x, layout), term[1])]
+    """A count; the factors go to the receiver, whose kernel adds their product to its sum (`triton_accumulate`)."""
+    _, probe, number = term
+    region = layout.region or (0, layout.shape[0], 0, layout.shape[1])
+    return [inductor.call(ops.give_product.default, *inductor.realize(dy, x), probe, number, [*layout.shape], [*region])]
 
 
 _MAKERS: dict[type, Callable[[Any, Any, Sequence[Any], Layout], list[Any]]] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.kernels.cpu.sparse import select_topk
+from rosa_fx.kernels.gradients import Given, Gradient
 from rosa_fx.kernels.terms.collect import CollectTopK, receivers
 from rosa_fx.mask import Mask
 from rosa_fx.weight import RosaWeight
@@ -25,7 +26,8 @@ class Collector:
 
     A square is that of the whole gradient of a backward call, and several compiled graphs that read a weight each `take` a part
     of it. So the first backward call waits for its end, its gradient becoming the sum; where it came whole, later ones are
-    added as they come, and beyond the sums there is one layer's gradient at a time.
+    added as they come, from their factors and tile by tile: of the size of the weight there is the sum alone. (Where gradients
+    come in parts, that of each backward call is summed up beside it.)
     """
 
     def __init__(self, name: str, weight: RosaWeight, mode: str, single: bool, limit: int | None) -> None:
@@ -52,7 +54,7 @@ class Collector:
         if self.single:
             self.mask = self._select(gradient.abs_())
         else:
-            self._add(gradient)
+            self._add_own(gradient)
 
     @torch.no_grad()
     def add_mask(self, probe: Tensor) -> None:
@@ -67,16 +69,16 @@ class Collector:
             self.mask = Mask.from_indices(rows, cols, self.weight.matrix)
 
     @torch.no_grad()
-    def take(self, gradient: Tensor, lent: bool) -> None:
+    def take(self, gradient: Gradient) -> None:
         """A gradient [N, K], or a part of one, from a compiled graph in the midst of its backward pass."""
         self._parts += 1
-        if self._comes_whole:
+        if self._comes_whole and self.total is not None:
             self._torn |= self._parts > 1 and self.mode == "mean_squared"
-            self._add(gradient, lent)
+            gradient.add_to(self.total, squared=self.mode == "mean_squared")
         elif self._sum_of_parts is None:
-            self._sum_of_parts = gradient.clone() if lent else gradient
+            self._sum_of_parts = gradient.dense()
         else:
-            self._sum_of_parts.add_(gradient)
+            gradient.add_to(self._sum_of_parts, squared=False)
 
     @torch.no_grad()
     def add_taken(self, probe: Tensor) -> None:
@@ -85,19 +87,16 @@ class Collector:
         self.count += 1
         whole, self._sum_of_parts = self._sum_of_parts, None
         if whole is not None:
-            self._add(whole)
-            self._comes_whole = self._parts == 1
+            self._add_own(whole)
+            self._comes_whole |= self._parts == 1
         self._parts = 0
 
-    def _add(self, gradient: Tensor, lent: bool = False) -> None:
-        """To the sum: of squares, or of gradients."""
-        squared = self.mode == "mean_squared"
-        if self.total is not None:
-            self.total = self.total.addcmul_(gradient, gradient) if squared else self.total.add_(gradient)
-        elif squared:
-            self.total = gradient.square() if lent else gradient.square_()
+    def _add_own(self, gradient: Tensor) -> None:
+        """A gradient that is nobody else's, to the sum: of squares, or of gradients."""
+        if self.total is None:
+            self.total = gradient.square_() if self.mode == "mean_squared" else gradient
         else:
-            self.total = gradient.clone() if lent else gradient
+            Given(gradient).add_to(self.total, squared=self.mode == "mean_squared")
 
     def finish(self) -> Mask:
         """The mask. Raises RosaError, naming the weight, for gradients that are not finite or cannot be told apart."""

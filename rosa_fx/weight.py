@@ -159,14 +159,14 @@ class RosaWeight(nn.Module):
         self.paths: tuple[str, ...] = ()
         self.probe: Tensor | None = None
         self.topk_probe: Tensor | None = None
-        self.gives_gradients = False
+        self.receiver: Tensor | None = None
         self.refresh()
         self.register_load_state_dict_post_hook(_follow_loaded_mask)
         self.register_forward_pre_hook(_no_fast_path)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without probes, whose hooks belong to the schedule of this very model."""
-        return super().__getstate__() | {"probe": None, "topk_probe": None}
+        return super().__getstate__() | {"probe": None, "topk_probe": None, "receiver": None}
 
     # --- the weight ----------------------------------------------------------------------------------------------
 
@@ -184,9 +184,9 @@ class RosaWeight(nn.Module):
         if self.phase == "collect" and torch.is_grad_enabled():
             # Eager mode hands over the dense gradient of all uses summed, one layer at a time anyway. In a compiled
             # graph gradients leave together at the end, so there the mask itself leaves if one backward is all, and
-            # else a count: the gradient goes to its receiver on the way.
+            # else a count: the factors of the gradient go to its receiver on the way.
             if self.topk_probe is not None and torch.compiler.is_compiling():
-                delta.append(self.topk_probe)
+                delta += [self.topk_probe] if self.receiver is None else [self.topk_probe, self.receiver]
                 key = self.topk_key
             elif self.probe is not None:
                 delta.append(self.probe)
@@ -225,7 +225,7 @@ class RosaWeight(nn.Module):
         layout = self.layout()
         self.layout_key = layout.key
         self.collect_key = self._with(layout, CollectGradient())
-        self.topk_key = self._with(layout, CollectReceived() if self.gives_gradients else CollectTopK())
+        self.topk_key = self._with(layout, CollectTopK() if self.receiver is None else CollectReceived())
 
     @staticmethod
     def _with(layout: Layout, extra: Term) -> str:
@@ -244,7 +244,7 @@ class RosaWeight(nn.Module):
         if self.sparse is not None:
             self.sparse.values.requires_grad_(phase == "joint")
         if phase != "collect":
-            self.probe = self.topk_probe = None
+            self.probe = self.topk_probe = self.receiver = None
         self.refresh()
 
     def follow_mask(self) -> None:
@@ -264,11 +264,11 @@ class RosaWeight(nn.Module):
         self.probe = torch.zeros((), device=device).expand(self.matrix).requires_grad_()
         self.probe.register_post_accumulate_grad_hook(hook)
         self.topk_probe = None
-        self.gives_gradients = receiver is not None
+        self.receiver = None if receiver is None else torch.tensor([receiver], device="cpu")
         self.refresh()
         if topk_hook is not None:
             size = 1 + 2 * self.sparse.values.numel() if receiver is None else 1
-            self.topk_probe = torch.full((size,), float(receiver or 0), device=device, requires_grad=True)
+            self.topk_probe = torch.zeros(size, device=device, requires_grad=True)
             self.topk_probe.register_post_accumulate_grad_hook(topk_hook)
 
     # --- inspection ----------------------------------------------------------------------------------------------

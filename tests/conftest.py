@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rosa_fx.kernels.bases.base import base_format
+from rosa_fx.kernels.gradients import Gradient
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.collect import receivers
 from rosa_fx.kernels.terms.registry import term
@@ -43,11 +44,10 @@ def _no_earlier_breaks() -> None:
 
 
 class Nobody:
-    """Takes the gradients of a `collect_received` probe that holds a zero."""
+    """Takes the gradients of a `collect_received` term whose number is 0."""
 
-    def take(self, gradient: Tensor, lent: bool) -> None:
-        if not lent:
-            gradient.fill_(torch.nan)
+    def take(self, gradient: Gradient) -> None:
+        gradient.dense().fill_(torch.nan)
 
 
 NOBODY = receivers[0] = Nobody()
@@ -126,7 +126,7 @@ def build_case(
         "sparse": [(randn(csr.nnz) * step).to(adapter_dtype), csr.row_offsets, csr.cols],
         "collect_gradient": [torch.zeros(()).expand(shape)],
         "collect_topk": [torch.zeros(1 + 2 * csr.nnz)],
-        "collect_received": [torch.zeros(1)],
+        "collect_received": [torch.zeros(1), torch.zeros(1, dtype=torch.int64)],
     }
     tensors["low_rank_given"] = [*tensors["low_rank"], torch.empty(0)]  # the product with x follows below
     described = tuple(term(kind, **({"scale": scale} if "low_rank" in kind else {})) for kind in terms)

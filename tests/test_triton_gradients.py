@@ -11,3 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 @pytest.mark.timeout(600)
 def test_gradients_in_the_interpreter() -> None:
     run_in_interpreter("triton_gradients.py")
+
+
+@pytest.mark.timeout(600)
+def test_collecting_in_the_interpreter() -> None:
+    run_in_interpreter("triton_collect.py")

@@ -34,7 +34,6 @@ _load("triton_cpu")
 from rosa_fx.kernels import inductor, lower_grads, lowering, ops  # noqa: E402
 from rosa_fx.kernels.bases.base import base_format  # noqa: E402
 from rosa_fx.kernels.layout import Layout  # noqa: E402
-from rosa_fx.kernels.terms.collect import CollectTopK  # noqa: E402
 from rosa_fx.kernels.terms.registry import term  # noqa: E402
 from rosa_fx.mask import Mask  # noqa: E402
 
@@ -270,48 +269,3 @@ def test_what_is_not_lowered_calls_the_operator(monkeypatch: pytest.MonkeyPatch)
     assert operator_calls(code)
     monkeypatch.setattr(inductor, "generates_triton", lambda device: False)
     assert operator_calls(check(build(3, (8, 32))))
-
-
-@pytest.mark.parametrize(
-    ("rows", "shape", "dtype"),
-    [(33, (17, 40), torch.bfloat16), (5, (130, 65), torch.float32), (70, (16, 31), torch.float16)],
-    ids=str,
-)
-def test_collected_gradients_and_masks(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """The dense gradient in float32 from factors that nobody converts first; the mask from one buffer of its size."""
-    torch.manual_seed(0)
-    dy, x = torch.randn(rows, shape[0]).to(dtype), torch.randn(rows, shape[1]).to(dtype)
-    exact = dy.double().t() @ x.double()
-    bound = (dy.double().abs().t() @ x.double().abs()) * (rows + 2) * torch.finfo(torch.float32).eps / 2
-    nnz = exact.numel() // 10
-
-    def collected(kind: str, probe: Tensor) -> tuple[Tensor, str]:
-        key = Layout(shape, dtype, base_format("dense"), (term(kind),)).key
-        torch._dynamo.reset()
-        with torch.no_grad():
-            function = torch.compile(lambda dy, x: ops.linear_grads(dy, x, [probe], key)[0], fullgraph=True)
-            out, code = run_and_get_code(function, dy, x)
-        return out, "\n".join(code)
-
-    gradient, code = collected("collect_gradient", torch.zeros(()).expand(shape))
-    assert lowered(code)
-    assert len(kernels(code)) == 1
-    assert gradient.dtype == torch.float32
-    assert ((gradient.double() - exact).abs() <= bound).all()
-    encoded, code = collected("collect_topk", torch.zeros(1 + 2 * nnz))
-    # The size is taken in the template that multiplies, and the selection is all that follows.
-    assert len(kernels(code)) == 1
-    assert [call.rsplit(".", 2)[1] for call in operator_calls(code)] == ["select_mask"]
-    assert torch.equal(encoded, CollectTopK.encode(gradient.abs(), nnz))
-
-
-def test_collected_gradient_of_a_region() -> None:
-    dy, x = torch.randn(9, 4), torch.randn(9, 12)
-    key = Layout((20, 32), torch.float32, base_format("dense"), (term("collect_gradient"),), region=(3, 7, 20, 32)).key
-    probe = torch.zeros(()).expand(20, 32)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        (out,) = torch.compile(lambda dy, x: ops.linear_grads(dy, x, [probe], key), fullgraph=True)(dy, x)
-    exact = torch.zeros(20, 32, dtype=torch.float64)
-    exact[3:7, 20:] = dy.double().t() @ x.double()
-    assert ((out.double() - exact).abs() <= 11 * 2.0**-24 * (dy.abs().t() @ x.abs()).max().double()).all()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rosa_fx.kernels.cpu.gradient import weight_gradient
 from rosa_fx.kernels.cpu.sparse import row_ids, select_topk
+from rosa_fx.kernels.gradients import Given, Gradient, Products
 from rosa_fx.kernels.terms.base import Shape, Term
 
 
@@ -33,30 +34,35 @@ def _(score: Tensor, nnz: int) -> Tensor:
 
 
 class Receiver(Protocol):
-    """Takes the dense gradients [N, K] float32 of one weight, each when it is there. What is `lent` is not to be written to,
-    and not to be kept without a copy; the rest is the receiver's own."""
+    """Takes the gradients of one weight, or parts of them, each when it is there. They last as long as the call."""
 
-    def take(self, gradient: Tensor, lent: bool) -> None: ...
+    def take(self, gradient: Gradient) -> None: ...
 
 
 receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
-"""By the number that a `CollectReceived` probe holds."""
+"""By the number that a `CollectReceived` term holds."""
 
 
-def hand_over(gradient: Tensor, probe: Tensor, lent: bool = False) -> Tensor:
-    """Give a gradient to the receiver of `probe`; returns what counts the call."""
-    receivers[int(probe)].take(gradient, lent)
+def hand_over(gradient: Gradient, probe: Tensor, number: Tensor) -> Tensor:
+    """Give a gradient to the receiver of that number; returns what counts the call. The host waits for no device."""
+    receivers[int(number)].take(gradient)
     return torch.ones_like(probe)
 
 
-@torch.library.custom_op("rosa_fx::give_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def give_gradient(gradient: Tensor, probe: Tensor) -> Tensor:
-    """The gradient of a `CollectReceived` probe, float32 [1], in a graph that uses the memory of `gradient` [N, K] again."""
-    return hand_over(gradient, probe, lent=True)
+@torch.library.custom_op("rosa_fx::give_product", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def give_product(dy: Tensor, x: Tensor, probe: Tensor, number: Tensor, shape: list[int], region: list[int]) -> Tensor:
+    """The gradient of a `CollectReceived` probe, float32 [1]: dyᵀ x in a region of a weight goes to the receiver.
+
+    dy [M, rows], x [M, columns]; shape: (N, K); region: row start and stop, column start and stop. What the receiver adds it to
+    is no value of the graph, so the operator is called by the host in every step, and no CUDA graph can hold it.
+    """
+    row, row_stop, column, column_stop = region
+    parts = [((row, row_stop, column, column_stop), dy, x)]
+    return hand_over(Products((shape[0], shape[1]), parts), probe, number)
 
 
-@give_gradient.register_fake
-def _(gradient: Tensor, probe: Tensor) -> Tensor:
+@give_product.register_fake
+def _(dy: Tensor, x: Tensor, probe: Tensor, number: Tensor, shape: list[int], region: list[int]) -> Tensor:
     return torch.empty_like(probe)
 
 
@@ -124,15 +130,16 @@ class CollectTopK(Term):
 
 @dataclass(frozen=True)
 class CollectReceived(Term):
-    """The dense weight gradient goes to the receiver whose number `probe` [1] holds, one layer at a time; the gradient of
-    `probe` counts the calls.
+    """The weight gradient goes to the receiver whose number `number` [1] holds, one layer at a time, as the factors that it is
+    the product of; the gradient of `probe` [1] counts the calls.
 
     For masks from several backward calls or processes. What is squared or sent is the whole gradient of a weight, so its uses
-    are joined as for `CollectTopK`.
+    are joined as for `CollectTopK`. The number, int64, lies on the CPU whatever the weight's device: to read it costs no wait.
+    As a tensor it tells equal layers apart that share one compiled graph, which a number in the term would not let them do.
     """
 
     kind: ClassVar[str] = "collect_received"
-    tensor_names: ClassVar[tuple[str, ...]] = ("probe",)
+    tensor_names: ClassVar[tuple[str, ...]] = ("probe", "number")
     trainable: ClassVar[tuple[str, ...]] = ("probe",)
     folds: ClassVar[bool] = True
     contributes: ClassVar[bool] = False
@@ -142,7 +149,17 @@ class CollectReceived(Term):
         return None
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [hand_over(weight_gradient(dy, x), tensors[0])]
+        shape = (dy.shape[1], x.shape[1])
+        return [hand_over(Products(shape, [((0, shape[0], 0, shape[1]), dy, x)]), *tensors)]
 
     def grads_from_dense(self, dW: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [hand_over(dW.to(torch.float32, copy=True, memory_format=torch.contiguous_format), tensors[0])]
+        return [hand_over(Given(dW), *tensors)]
+
+    def grads_of_stack(
+        self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
+    ) -> list[Tensor]:
+        rows = shape[0] // stack
+        if len({index for index, _, _ in pieces}) < len(pieces):  # summands of one matrix are added before they are squared
+            return super().grads_of_stack(pieces, tensors, shape, stack)
+        parts = [((index * rows, (index + 1) * rows, 0, shape[1]), dy, x) for index, dy, x in pieces]
+        return [hand_over(Products(shape, parts), *tensors)]

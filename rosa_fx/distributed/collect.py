@@ -18,6 +18,7 @@ from rosa_fx.distributed.in_order import InOrder
 from rosa_fx.distributed.processes import Processes
 from rosa_fx.errors import NonFiniteError, RosaError
 from rosa_fx.kernels.cpu.sparse import select_topk
+from rosa_fx.kernels.gradients import Gradient
 from rosa_fx.mask import Mask
 from rosa_fx.weight import RosaWeight
 
@@ -39,23 +40,25 @@ class SharedCollector(Collector):
         if self.single:
             self._send(gradient)
         else:
-            self._add(gradient)
+            self._add_own(gradient)
 
     @torch.no_grad()
     def add_mask(self, probe: Tensor) -> None:
         """Hook: how often a compiled graph called `take` in this backward call."""
-        calls, probe.grad = probe.grad, None
-        assert calls is not None
+        probe.grad = None
         self.count += 1
-        self.overlapping |= int(calls) != 1
+        self.overlapping |= self._parts != 1  # the probe's gradient says the same, and would have to be waited for
+        self._parts = 0
 
     @torch.no_grad()
-    def take(self, gradient: Tensor, lent: bool) -> None:
+    def take(self, gradient: Gradient) -> None:
         """A gradient [N, K] of one backward call, from a compiled graph."""
         if self.single:
-            self._send(gradient.clone() if lent else gradient)
+            self._parts += 1
+            # Dense, for it is this process's share of a sum over all: nothing here could take it tile by tile.
+            self._send(gradient.dense())
         else:
-            super().take(gradient, lent)
+            super().take(gradient)
 
     def _send(self, gradient: Tensor) -> None:
         score = gradient.square_() if self.mode == "mean_squared" else gradient
