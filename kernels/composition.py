@@ -150,8 +150,9 @@ def _whole(
 def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout) -> Tensor:
     wide = x.float().contiguous()
     out = torch.empty(x.shape[0], layout.out_shape[0])
-    source.few(_region(layout), wide, out, low=x.dtype == torch.bfloat16)
-    for item, tensors in beside:
+    pair = beside[0][0].pair(beside[0][1]) if beside else None
+    source.few(_region(layout), wide, out, x.dtype == torch.bfloat16, pair)
+    for item, tensors in beside[pair is not None :]:
         left, thin = item.factors(wide, tensors, False)
         out.addmm_(left.float(), thin)
     if bias is not None:

@@ -1,7 +1,10 @@
 // A few rows of x times D(Q) + S: the weight is decoded in the L1 cache and never stored.
 //
+// A low-rank term goes with it: M R K multiply-adds before and M R per row of the weight, where calls of the vendor's library
+// would wake its threads twice more.
+//
 // Any base, by vectors of fp32: every element is decoded once, stored to L1 and read by M / 4 groups of rows. 4-bit codes on
-// AVX-512 have code of their own (few_fourbit.cpp).
+// AVX-512 have code of their own (few_codes.cpp and what follows it in rosa_cpu.cpp).
 namespace {
 
 constexpr int WEIGHT_ROWS = 4;  // decoded together: each vector of x serves them all
@@ -32,26 +35,22 @@ void dot_products(const float* w, const float* x, int64_t x_stride, int64_t n, v
 
 using DotProducts = void (*)(const float*, const float*, int64_t, int64_t, vf*);
 
-float lane_sum(vf v) {
-  float lanes[VL];
-  *reinterpret_cast<vf_unaligned*>(lanes) = v;
-  for (int half = VL / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 }  // namespace
 
 extern "C" {
 
 // y[m][r - r0] = sum over c0 <= k < c1 of x[m][k - c0] (D(Q) + S)[r][k], summed in fp32. `low`: the x are bf16 values, and
-// D(Q) may be rounded to bf16 too, as a product of that dtype has it. No element depends on `threads`.
+// D(Q) may be rounded to bf16 too, as a product of that dtype has it. To it comes scale (x Aᵀ) Bᵀ with A [R, c1 - c0] and
+// B [r1 - r0, R]. No element depends on `threads`.
 int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const float* x, int64_t M,
-                  int64_t x_stride, float* y, int64_t y_stride, int low, int threads) {
+                  int64_t x_stride, float* y, int64_t y_stride, int low, const float* A, int64_t a_stride, const float* B, int64_t b_stride,
+                  int64_t R, float scale, int threads) {
   const DotProducts kernels[] = {nullptr, dot_products<1>, dot_products<2>, dot_products<3>, dot_products<4>};
   if (M == 0) return 0;
+  LowRankPart part{nullptr, B, b_stride, R, M, r0};
+  if (R > 0 && !low_rank_left(x, M, x_stride, c1 - c0, A, a_stride, scale, threads, part)) return 1;
 #if defined(FEW_FOUR_BIT)
-  if (fits_few_fourbit(*rows, r0, r1, c0, c1)) return few_fourbit(*rows, r0, r1, c0, c1, x, M, x_stride, y, y_stride, low != 0, threads);
+  if (fits_few_fourbit(*rows, r0, r1, c0, c1)) return few_fourbit(*rows, r0, r1, c0, c1, x, M, x_stride, y, y_stride, low != 0, part, threads);
 #endif
   const int64_t blocks = (r1 - r0 + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
   int failed = 0;
@@ -75,7 +74,11 @@ int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t 
         kernels[std::min<int64_t>(4, M - m)](w, x + m * x_stride + (c - c0), x_stride, n, sums + m * WEIGHT_ROWS);
     }
     for (int64_t m = 0; m < M; ++m)
-      for (int64_t i = 0; i < count; ++i) y[m * y_stride + (first - r0) + i] = lane_sum(sums[m * WEIGHT_ROWS + i]);
+      for (int64_t i = 0; i < count; ++i) {
+        float total = lane_sum(sums[m * WEIGHT_ROWS + i]);
+        for (int64_t k = 0; k < R; ++k) total += B[(first - r0 + i) * b_stride + k] * part.left[k * M + m];
+        y[m * y_stride + (first - r0) + i] = total;
+      }
   }
   return failed;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,10 +91,18 @@ class Source:
         if failed:
             raise MemoryError(f"no scratch memory for the sparse entries of {region[1] - region[0]} rows")
 
-    def few(self, region: Region, x: Tensor, out: Tensor, low: bool = False) -> None:
+    def few(
+        self, region: Region, x: Tensor, out: Tensor, low: bool = False, pair: tuple[Tensor, Tensor, float] | None = None
+    ) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, all float32, rows of x and out adjacent
         elements. For few rows of x: the weight is decoded in the L1 cache and never stored. `low`: x holds bfloat16 values, and
-        D(Q), though not S, may be rounded to that too. Raises as `write`."""
+        D(Q), though not S, may be rounded to that too. `pair`: A [R, columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is
+        added; of other dtypes they are converted. Raises as `write`."""
+        A = B = None
+        factors: tuple[Any, ...] = (None, 0, None, 0, 0, 0.0)
+        if pair is not None and pair[0].numel():
+            A, B = _wide(pair[0]), _wide(pair[1])
+            factors = (A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), A.shape[0], pair[2])
         failed = self._library.rosa_few_rows(
             ctypes.byref(self._rows),
             *region,
@@ -103,10 +112,17 @@ class Source:
             out.data_ptr(),
             out.stride(0),
             low,
+            *factors,
             torch.get_num_threads(),
         )
         if failed:
             raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """In float32, the elements of a row adjacent."""
+    wide = matrix.float()
+    return wide if wide.stride(1) == 1 else wide.contiguous()
 
 
 @functools.cache
@@ -116,7 +132,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rosa_write_rows.restype = i32
     library.rosa_spmm.argtypes = [ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64, i32]
     library.rosa_spmm.restype = i32
-    library.rosa_few_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32, i32]
+    library.rosa_few_rows.argtypes = [
+        *(ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32),
+        *(ptr, i64, ptr, i64, i64, ctypes.c_float, i32),
+    ]
     library.rosa_few_rows.restype = i32
     return library
 

@@ -87,6 +87,10 @@ class Term(ABC):
         """(values, row_offsets, cols) where the term is a sparse matrix: kernels then add it to rows as they decode them."""
         return None
 
+    def pair(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, float] | None:
+        """(A [R, K], B [N, R], s) where the term is s·B A: kernels then add its product to theirs."""
+        return None
+
     def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
         """The tensors of the term for that part of the weight, as views (terms without `folds`)."""
         raise AssertionError(f"term {self.kind!r} folds into the weight and is cut with it")

@@ -65,11 +65,11 @@ class LowRank(Term):
         row, row_stop, column, column_stop = region
         return A[:, column:column_stop], B[row:row_stop]
 
+    def pair(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
+        return tensors[0], tensors[1], self.scale
+
     def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
-        A, B = tensors
-        if not transposed and x.dtype == torch.float32 and x.shape[0] < B.shape[0]:
-            return (x @ A.to(x.dtype).t()).mul_(self.scale), B.to(x.dtype).t()  # the smaller of the two is scaled
-        A, B = A.to(x.dtype), self._scaled(B, x.dtype)
+        A, B = tensors[0].to(x.dtype), self._scaled(tensors[1], x.dtype)
         return (x @ B, A) if transposed else (x @ A.t(), B.t())
 
     def grads(self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
