@@ -193,8 +193,8 @@ def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """The mask of the nnz largest scores: (row_offsets int32 [N+1], cols int32 [nnz]), columns ascending in each row.
 
     score: [N, K] float32, any strides, not negative (a negative score counts as 0). Exact and
-    deterministic: of equal scores those with the smaller flat index n * K + k are taken. Extra memory is a few MiB,
-    never another [N, K].
+    deterministic: of equal scores those with the smaller flat index n * K + k are taken. Extra memory is a few
+    MiB or, where that is more, less than a tenth of the scores.
     A NaN or an infinity anywhere gives cols full of -1, with row_offsets as if all entries were in row 0: the caller says
     whose it is.
     Raises RosaError when score is not a float32 matrix, or nnz is not in 0 .. N * K or does not fit in int32.

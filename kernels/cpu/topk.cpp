@@ -126,7 +126,7 @@ void keep_rows(const Scores& s, int64_t r0, int64_t r1, uint32_t floor, size_t m
 
 // Keeps what reaches `floor`. NONE unless that is nnz scores or somewhat more.
 Outcome keep(const Scores& s, uint32_t floor, int64_t nnz, int64_t batch, std::vector<Kept>& kept, int threads) {
-  const size_t most = 4 * nnz + 4096;
+  const size_t most = 5 * nnz / 2 + 4096;
   size_t total = 0;
   bool finite = true;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
@@ -306,7 +306,7 @@ int rosa_select_topk(const float* score, int64_t N, int64_t K, int64_t stride_n,
   const auto rows = [&](int64_t scores) { return std::max<int64_t>(1, scores / std::max<int64_t>(K, 1)); };
   if (N * K < 65536) {
     threads = 1;
-  } else if (nnz > 0 && nnz <= N * K / 32) {  // else what is kept takes memory, and saves less
+  } else if (nnz > 0 && nnz <= N * K / 64) {  // else what is kept takes a tenth of the scores' memory, and saves less
     const int64_t batch = rows(1 << 15);
     const uint32_t floor = sampled_floor(s, nnz);
     std::vector<Kept> kept((N + batch - 1) / batch);
