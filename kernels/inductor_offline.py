@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -225,6 +225,11 @@ class Kernel:
     def is_template(self) -> bool:
         return "_tem_" in self.name
 
+    @property
+    def file(self) -> str:
+        """The file that line tables name; `source` is its text."""
+        return f"{self.name}.py"
+
     def constants(self) -> dict[str, str]:
         """`NAME : tl.constexpr = value` at the head of a template."""
         return dict(re.findall(r"^\s+(\w+) : tl\.constexpr = (.+)$", self.source, re.MULTILINE))
@@ -252,12 +257,50 @@ class Compiled:
     pipeline: int
 
 
+@dataclass(frozen=True)
+class Launched(Kernel):
+    """A `triton.jit` function that Python launches: `signature` by argument, `values` of those that are constants, and the
+    names of those that are multiples of 16, as Triton finds out when it is called."""
+
+    function: Any = None
+    signature: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    divisible: frozenset[str] = frozenset()
+    options: dict[str, Any] = field(default_factory=dict)
+    tile: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def file(self) -> str:
+        return Path(self.function.fn.__code__.co_filename).name
+
+    def constants(self) -> dict[str, str]:
+        """The tile by the names that templates have for it."""
+        return {f"BLOCK_{axis}": str(size) for axis, size in zip("MNK", self.tile, strict=True)}
+
+
 def compile_kernel(kernel: Kernel, device: Device, folder: Path) -> Compiled:
-    """Compile for `device`, which must be `present`; the source is written into `folder`, whose name line tables keep."""
+    """Compile for `device`, which must be `present`. Source that was generated is written into `folder` first."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    path = folder / f"{kernel.name}.py"
+    source, options = _launched(kernel) if isinstance(kernel, Launched) else _generated(kernel, device, folder)
+    target = GPUTarget(device.backend, device.arch, device.warp_size)
+    compiled = triton.compile(source, target=target, options=options)
+    return Compiled(dict(compiled.asm), int(compiled.metadata.shared), options["num_warps"], options["num_stages"])
+
+
+def _launched(kernel: Launched) -> tuple[Any, dict[str, Any]]:
+    import triton
+
+    places = {name: place for place, name in enumerate(kernel.signature)}
+    attributes = {(places[name],): [["tt.divisibility", 16]] for name in kernel.divisible}
+    return triton.compiler.ASTSource(kernel.function, kernel.signature, kernel.values, attributes), dict(kernel.options)
+
+
+def _generated(kernel: Kernel, device: Device, folder: Path) -> tuple[Any, dict[str, Any]]:
+    import triton
+
+    path = folder / kernel.file
     path.write_text(kernel.source, encoding="utf-8")
     scope: dict[str, Any] = {"__name__": kernel.name, "__file__": str(path)}
     with mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu", return_value=None):
@@ -272,6 +315,4 @@ def compile_kernel(kernel: Kernel, device: Device, folder: Path) -> Compiled:
     if device.backend == "hip":
         names = {"matrix_instr_nonkdim", "waves_per_eu", "kpack"}
         options |= {name: value for name, value in config.kwargs.items() if name in names}
-    target = GPUTarget(device.backend, device.arch, device.warp_size)
-    compiled = triton.compile(source, target=target, options=options)
-    return Compiled(dict(compiled.asm), int(compiled.metadata.shared), config.num_warps, config.num_stages)
+    return source, options

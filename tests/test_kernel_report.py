@@ -366,3 +366,14 @@ def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     assert "MMA" in nvidia["mma_opcode"]
     assert amd["mma_opcode"].startswith("v_mfma")
     assert "sm_90: forward nf4, M = 16" in done.stdout
+
+
+def test_kernel_that_python_launches_is_compiled_too(tmp_path: Path) -> None:
+    """What the interpreter runs a compiler may refuse: names that a kernel cannot see, say."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    file = tmp_path / "rows.json"
+    done = report("--check", "--jobs=1", f"--json={file}", "--kernel", "added in place", "--arch", "sm_90", "gfx942")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+        assert (row["error"], row["spills"], row["width"], row["grid"]) == ("", 0, 16, 1024)
+        assert row["mma"] > 0

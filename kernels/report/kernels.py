@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rosa_fx.kernels import heuristics, ops
+from rosa_fx.kernels import inductor_offline as offline
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.report.architectures import Architecture
@@ -29,9 +31,10 @@ Graph = tuple[Callable[..., Any], Callable[[], list[Tensor]]]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A graph whose one template kernel is measured.
+    """A graph whose one template kernel is measured, or a kernel that Python launches.
 
     `graph(architecture)` gives a function and what makes its arguments on "cuda"; `lowering` is entered while it is lowered.
+    `launched(architecture)`, if it is set, gives the kernel itself.
     product: its name in Inductor's choices begins so. packed: pointers of stored weights, of `bits` each. traffic: bytes per
     weight that must move, without and with the adapters. matches_dense: compare with Inductor's own product. pressure_bar:
     whether the bars on issue pressure hold for it. rows: M of the example. marker: part of the kernel's source, where the graph
@@ -40,9 +43,9 @@ class Kernel:
 
     name: str
     phase: str
-    graph: Callable[[Architecture], Graph]
-    product: str
-    lowering: Callable[[], AbstractContextManager[Any]]
+    graph: Callable[[Architecture], Graph] | None
+    product: str = ""
+    lowering: Callable[[], AbstractContextManager[Any]] = nullcontext
     packed: tuple[str, ...] = ()
     bits: int = 16
     traffic: Callable[[torch.dtype], tuple[float, float]] | None = None
@@ -51,6 +54,7 @@ class Kernel:
     rows: int = 0
     marker: str = ""
     every_config: bool = True
+    launched: Callable[[Architecture], offline.Kernel] | None = None
 
 
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "dense": 16}
@@ -172,6 +176,32 @@ def _gradient(name: str, kind: str, product: str, nnz: int) -> Kernel:
     return Kernel(name, "training", graph, product, nullcontext, packed=("DY", "X"), rows=TRAINING)
 
 
+def _accumulate(architecture: Architecture) -> offline.Kernel:
+    """total += (dyᵀ x)² in place, as Triton specialises it for contiguous factors of the size compiled."""
+    from rosa_fx.kernels import triton_accumulate
+
+    dtype = operand_dtype(architecture)
+    capability = heuristics.AMD if architecture.amd else architecture.device.capability
+    constants = triton_accumulate.constants_of(SIDE, SIDE, TRAINING, dtype, capability)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    values = {"SQUARED": True, "dy_n": 1, "x_k": 1, **constants}
+    pointers = {"TOTAL": "*fp32", **dict.fromkeys(("DY", "X"), "*bf16" if dtype == torch.bfloat16 else "*fp16")}
+    function = triton_accumulate.rosa_add_weight_gradient
+    kinds = {name: "constexpr" if name in values else pointers.get(name, "i32") for name in function.arg_names}
+    tile = (constants["BLOCK_N"], constants["BLOCK_K"], constants["BLOCK_M"])
+    return offline.Launched(
+        "rosa_add_weight_gradient",
+        Path(triton_accumulate.__file__).read_text(encoding="utf-8"),
+        (-(SIDE // -tile[0]) * -(SIDE // -tile[1]), 1, 1),
+        function=function,
+        signature=kinds,
+        values=values,
+        divisible=frozenset(name for name, kind in kinds.items() if kind != "constexpr"),
+        options=options,
+        tile=tile,
+    )
+
+
 _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("nf4", "nf4", {}),
     ("nf4 double quant", "nf4", {"double_quant": True}),
@@ -195,6 +225,17 @@ def _all() -> tuple[Kernel, ...]:
         found += [_scratch(label, kind, transposed, **fields) for transposed in (False, True)]
     found.append(_gradient("gradient of sparse values", "sparse", "rosa_sddmm", int(DENSITY * SIDE * SIDE)))
     found.append(_gradient("collected weight gradient", "collect_gradient", "rosa_weight_gradient", 0))
+    found.append(
+        Kernel(
+            "square of a weight gradient added in place",
+            "training",
+            None,
+            packed=("DY", "X"),
+            rows=TRAINING,
+            every_config=False,
+            launched=_accumulate,
+        )
+    )
     return tuple(found)
 
 

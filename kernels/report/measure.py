@@ -47,14 +47,21 @@ def measure(kernel: Kernel, architecture: Architecture, only_default: bool = Fal
                 stack.enter_context(offline.present(architecture.device))
                 stack.enter_context(kernel.lowering())
                 lowering.register()
-                module = offline.generate(*kernel.graph(architecture), pick)
-                (found,) = [item for item in offline.kernels(module) if item.is_template and kernel.marker in item.source]
-                yield _row(kernel, architecture, found, number == 0)
+                yield _row(kernel, architecture, _found(kernel, architecture, pick), number == 0)
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
             yield Row(kernel.name, kernel.phase, architecture.name, f"choice {number}", number == 0, error=text)
         count = pick.count if kernel.every_config and not only_default else 1
         number += 1
+
+
+def _found(kernel: Kernel, architecture: Architecture, pick: _Pick) -> offline.Kernel:
+    if kernel.launched is not None:
+        return kernel.launched(architecture)
+    assert kernel.graph is not None
+    module = offline.generate(*kernel.graph(architecture), pick)
+    (found,) = [item for item in offline.kernels(module) if item.is_template and kernel.marker in item.source]
+    return found
 
 
 def _number(constants: dict[str, str], name: str) -> int:
@@ -109,7 +116,7 @@ def _compiled(
         else:
             binary = folder / "kernel.cubin"
             binary.write_bytes(compiled.stages["cubin"])
-            listing = sass.parse(tools.run("nvdisasm", "-c", "-g", binary), f"{found.name}.py")
+            listing = sass.parse(tools.run("nvdisasm", "-c", "-g", binary), found.file)
             registers, stack = sass.usage(tools.run("cuobjdump", "-res-usage", binary))
             spills = listing.spills()
     loop = listing.main_loop()
