@@ -22,11 +22,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from rosa_fx.kernels import inductor
-from rosa_fx.kernels.heuristics import AMD, power_of_two
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.product import AMD, power_of_two
 from rosa_fx.kernels.terms.collect import CollectGradient, CollectReceived, CollectTopK
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
+from rosa_fx.kernels.tiling import gradient_tiles
 from rosa_fx.kernels.triton_templates import FOLDER
 
 aten = torch.ops.aten
@@ -174,16 +175,6 @@ def _like(node: Any) -> dict[str, Any]:
 
 
 # --- collecting for masks ----------------------------------------------------------------------------------------
-
-
-def gradient_tiles(n: int, k: int, rows: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[int, int, int]:
-    """Tile of the weight gradient, and rows per step: 96 KiB of shared memory at most in three stages.
-
-    Before sm_80, where Triton uses no tensor cores, every thread holds operands of its own: larger tiles were seen to spill.
-    """
-    scalar = AMD < capability < (8, 0)
-    most = 64 if dtype == torch.float32 or scalar else 128
-    return power_of_two(n, 16, most), power_of_two(k, 16, most), power_of_two(rows, 16, 16 if scalar else 32)
 
 
 def _weight_gradient(dy: Any, x: Any, layout: Layout) -> Any:

@@ -1,6 +1,6 @@
 """The sparse part of a fused product of many rows: S xᵀ, or Sᵀ dyᵀ for grad input, in a kernel of its own.
 
-`heuristics` has the cost model. Grad input sums over rows of S and needs its entries by column: sorted in the graph, because
+`cost` has the cost model. Grad input sums over rows of S and needs its entries by column: sorted in the graph, because
 masks may change between steps.
 """
 
@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rosa_fx.kernels import heuristics, inductor
-from rosa_fx.kernels.heuristics import Product
+from rosa_fx.kernels import inductor, tiling
 from rosa_fx.kernels.lower_grads import transposed
+from rosa_fx.kernels.product import Product
 from rosa_fx.kernels.triton_templates import sparse_template
 
 ops = torch.ops.rosa_fx
@@ -57,5 +57,5 @@ def _lists(csr: Sequence[Any], product: Product) -> list[Any]:
 
 
 def _options(product: Product) -> dict[str, Any]:
-    tile = heuristics.gather_tile(product)
+    tile = tiling.gather_tile(product)
     return {"BLOCK_S": tile.entries, "BLOCK_K": tile.rows, "num_warps": tile.warps, "num_stages": 1}

@@ -1,6 +1,7 @@
 """What `rosa_fx::linear` and `linear_t` become inside Inductor where it generates Triton: templates, or scratch + GEMM.
 
-`heuristics` says which. Nothing here runs before a rewritten weight is captured; on other devices the operator is called.
+`cost` says which, `tiling` with which tiles. Nothing here runs before a rewritten weight is captured; on other devices the
+operator is called.
 The operators allocate nothing: every buffer is Inductor's, so that CUDA graphs and its memory planning see them all.
 """
 
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 
-from rosa_fx.kernels import heuristics, inductor, lower_grads
+from rosa_fx.kernels import cost, inductor, lower_grads, tiling
 from rosa_fx.kernels.bases.fourbit import NESTED_BLOCKSIZE, FourBitFormat, _dynamic_map
-from rosa_fx.kernels.heuristics import Product, Tiles
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.lower_sparse import sparse_product, sparse_timer
+from rosa_fx.kernels.product import AMD, Product
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.kernels.terms.sparse import Sparse
+from rosa_fx.kernels.tiling import Tiles
 from rosa_fx.kernels.triton_templates import INT8_STEP, template
 
 aten = torch.ops.aten
@@ -91,8 +93,8 @@ def _lower(x: Any, bias: Any, base: Sequence[Any], delta: Sequence[Any], key: st
     operands = _operands(flat, bias, base, delta, layout, transposed)
     if operands is None:
         return None
-    timed = inductor.max_autotune() and heuristics.choose_by_time(operands.product)
-    out = _fused(operands, timed) if timed or heuristics.fuse(operands.product) else _scratch(operands)
+    timed = inductor.max_autotune() and cost.choose_by_time(operands.product)
+    out = _fused(operands, timed) if timed or cost.fuse(operands.product) else _scratch(operands)
     return out if len(sizes) == 2 else inductor.lower(aten.reshape.default, out, [*sizes[:-1], outputs])
 
 
@@ -132,7 +134,7 @@ def _operands(
         nnz=inductor.size_hint(sparse[0].get_size()[0]) if sparse else 0,
         transposed=transposed,
         blocksize=layout.base.blocksize if isinstance(layout.base, FourBitFormat) else 0,
-        capability=heuristics.AMD if torch.version.hip is not None else inductor.capability(device),
+        capability=AMD if torch.version.hip is not None else inductor.capability(device),
     )
     weight = list(base)
     if isinstance(layout.base, FourBitFormat) and layout.base.double_quant:
@@ -157,18 +159,18 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
         "RANK": product.rank,
         "SCALE": float(operands.scale),
         "SPARSE": bool(operands.sparse),
-        "GIVEN": heuristics.gathers(product),
+        "GIVEN": cost.gathers(product),
         "BIAS": operands.bias is not None,
         "INT8_STEP": INT8_STEP,
         "PAIRED": k % 2 == 0,
         "BLOCKSIZE": fourbit.blocksize if fourbit else 0,
         "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE,
         "DOUBLE_QUANT": fourbit is not None and fourbit.double_quant,
-        "SCALES_PER_ROW": heuristics.scales_per_row(k, fourbit.blocksize, columns) if fourbit else 0,
+        "SCALES_PER_ROW": tiling.scales_per_row(k, fourbit.blocksize, columns) if fourbit else 0,
         # The permutes are PTX and keep 16 bits of mantissa: enough for what is rounded to 8 or 11.
         "ASM": ptx and narrow,
         "FEW": False,
-        "PAIRS": ptx and heuristics.permutes(product),
+        "PAIRS": ptx and tiling.permutes(product),
     }
 
 
@@ -185,7 +187,7 @@ def _fused(operands: Operands, timed: bool) -> Any:
     if operands.low_rank is not None:
         inputs += [operands.thin, _factor(operands)]
     examples = _code_examples(operands)
-    if heuristics.gathers(product):
+    if cost.gathers(product):
         inputs.append(sparse_product(operands.x, operands.sparse, product))
     else:
         examples |= _csr_examples(operands, len(inputs))
@@ -193,9 +195,9 @@ def _fused(operands: Operands, timed: bool) -> Any:
     if operands.bias is not None:
         inputs.append(operands.bias)
     inputs = list(inductor.realize(*inputs))
-    choices = heuristics.tile_choices(product)
+    choices = tiling.tile_choices(product)
     kept = choices if inductor.max_autotune() else choices[:1]
-    name = "linear_t" if product.transposed else "linear_few" if heuristics.scales_sums(product) else "linear"
+    name = "linear_t" if product.transposed else "linear_few" if tiling.scales_sums(product) else "linear"
     return inductor.template_output(
         f"rosa_{name}",
         template(name, product.kind),
@@ -288,18 +290,18 @@ def _fused_options(operands: Operands, tiles: Tiles) -> dict[str, Any]:
     n, k = operands.layout.shape
     return {
         **_options(operands, block_k),
-        "UPRIGHT": heuristics.upright(operands.product),
+        "UPRIGHT": tiling.upright(operands.product),
         "ROW_MASK": transposed and n % block_n != 0,
         "COLUMN_MASK": k % block_k != 0,
         # Rows of a decode step are few and would be read again; they are masked instead.
         "X_MASK": tiles.block_m <= 16,
         "FEW": tiles.block_m <= 16,
-        "GROUP_K": heuristics.group_columns(operands.product, block_k) if heuristics.scales_sums(operands.product) else 0,
+        "GROUP_K": tiling.group_columns(operands.product, block_k) if tiling.scales_sums(operands.product) else 0,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "BLOCK_R": heuristics.rank_block(operands.product.rank),
-        "BLOCK_S": heuristics.sparse_block(tiles.block_m, tiles.block_out),
+        "BLOCK_R": tiling.rank_block(operands.product.rank),
+        "BLOCK_S": tiling.sparse_block(tiles.block_m, tiles.block_out),
         "GROUP_M": tiles.group_m,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
@@ -356,7 +358,7 @@ def _dense(operands: Operands, rank: int) -> Any:
 
 def _dense_options(operands: Operands, rank: int) -> dict[str, Any]:
     n, k = operands.layout.shape
-    tile = heuristics.scratch_tile(k if operands.product.transposed else k + rank)
+    tile = tiling.scratch_tile(k if operands.product.transposed else k + rank)
     return _options(operands, tile.columns) | {
         "RANK": rank,
         "ROWS": n,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels import inductor
-from rosa_fx.kernels.heuristics import AMD
-from rosa_fx.kernels.lower_grads import gradient_tiles
+from rosa_fx.kernels.product import AMD
+from rosa_fx.kernels.tiling import gradient_tiles
 
 WARPS, STAGES = 8, 3
 

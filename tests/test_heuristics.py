@@ -11,19 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_fx.kernels.heuristics import (
-    AMD,
-    DECODE_ROWS,
-    Product,
+from rosa_fx.kernels.cost import choose_by_time, fuse, gathers
+from rosa_fx.kernels.product import AMD, DECODE_ROWS, Product, power_of_two
+from rosa_fx.kernels.tiling import (
     Tiles,
-    choose_by_time,
     fits,
-    fuse,
     gather_tile,
-    gathers,
     group_columns,
     permutes,
-    power_of_two,
     rank_block,
     scales_per_row,
     scales_sums,

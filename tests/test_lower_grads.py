@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_fx.kernels.heuristics import AMD
-from rosa_fx.kernels.lower_grads import chunks, gradient_tiles, search_steps
+from rosa_fx.kernels.lower_grads import chunks, search_steps
+from rosa_fx.kernels.product import AMD
+from rosa_fx.kernels.tiling import gradient_tiles
 
 
 @given(rows=st.integers(1, 1 << 20), nnz=st.integers(1, 1 << 31))

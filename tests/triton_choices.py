@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from triton_layers import FORMATS, build, calls, check, kernels
 
 import rosa_fx
-from rosa_fx.kernels import heuristics, inductor
+from rosa_fx.kernels import inductor, tiling
 from rosa_fx.kernels.triton_templates import template
 
 
@@ -37,8 +37,8 @@ def test_epilogue_is_inside_the_template(transposed: bool) -> None:
 
 def test_autotuning_times_the_tiles_and_keeps_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every choice is executed on a valid sparse part: random row offsets would make it read anywhere."""
-    choices = [heuristics.Tiles(16, 32, 32, 4, 2), heuristics.Tiles(16, 16, 64, 4, 2)]
-    monkeypatch.setattr(heuristics, "tile_choices", lambda product: choices)
+    choices = [tiling.Tiles(16, 32, 32, 4, 2), tiling.Tiles(16, 16, 64, 4, 2)]
+    monkeypatch.setattr(tiling, "tile_choices", lambda product: choices)
     layer = build(FORMATS["nf4"], 5, (33, 64), rank=0)
     code = check(layer, options={"max_autotune": True, "autotune_local_cache": False})
     assert len(kernels(code)) == 1
@@ -52,7 +52,7 @@ def test_autotuning_decides_between_the_loop_and_a_scratch_buffer(
     monkeypatch: pytest.MonkeyPatch, name: str, entries: str, transposed: bool
 ) -> None:
     """Both ways are timed on codes that are not all 0, and the faster one is what is generated: each in its turn."""
-    monkeypatch.setattr(heuristics, "tile_choices", lambda product: [heuristics.Tiles(16, 32, 32, 4, 2)])
+    monkeypatch.setattr(tiling, "tile_choices", lambda product: [tiling.Tiles(16, 32, 32, 4, 2)])
     spread = []
     template_timer = inductor.template_timer
     scratch = template("scratch", FORMATS[name].kind)

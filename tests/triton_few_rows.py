@@ -7,15 +7,15 @@ import torch
 from torch.nn.functional import silu
 from triton_layers import build, check
 
-from rosa_fx.kernels import heuristics, ops
+from rosa_fx.kernels import ops, tiling
 from rosa_fx.kernels.bases.base import base_format
-from rosa_fx.kernels.heuristics import Tiles
+from rosa_fx.kernels.tiling import Tiles
 
 
 @pytest.fixture(params=[Tiles(8, 16, 64, 4, 3), Tiles(16, 32, 128, 4, 3)], ids=["8 rows", "16 rows"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tiles:
     """Small ones, so that a weight has several in each direction."""
-    monkeypatch.setattr(heuristics, "tile_choices", lambda product: [request.param])
+    monkeypatch.setattr(tiling, "tile_choices", lambda product: [request.param])
     assert isinstance(request.param, Tiles)
     return request.param
 

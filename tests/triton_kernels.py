@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from triton_layers import FORMATS, Layer, build, calls, check, kernels
 
-from rosa_fx.kernels import heuristics, inductor, ops
+from rosa_fx.kernels import cost, inductor, ops, tiling
 from rosa_fx.kernels.bases.base import BaseFormat, base_format
 
 SIZES = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 61])
@@ -82,10 +82,10 @@ def test_error_budget(name: str, dtype: torch.dtype, entries: str, transposed: b
 
 def test_fused_and_scratch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways, whatever the heuristic thinks: more rows than a tile has, several tiles in each direction."""
-    tiles = heuristics.Tiles(16, 16, 32, 2, 2, group_m=2)
-    monkeypatch.setattr(heuristics, "tile_choices", lambda product: [tiles])
+    tiles = tiling.Tiles(16, 16, 32, 2, 2, group_m=2)
+    monkeypatch.setattr(tiling, "tile_choices", lambda product: [tiles])
     for fused in (True, False):
-        monkeypatch.setattr(heuristics, "fuse", lambda product, fused=fused: fused)
+        monkeypatch.setattr(cost, "fuse", lambda product, fused=fused: fused)
         for transposed in (False, True):
             code = check(build(FORMATS["nf4"], 70, (50, 66), transposed=transposed))
             # x Aᵀ is the library's either way; from a scratch buffer also the large product and, in float32, (x Aᵀ) Bᵀ.
@@ -109,7 +109,7 @@ def test_many_rows_start_from_the_sparse_part(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, rows: int, entries: str, transposed: bool
 ) -> None:
     """Rows and columns that no tile divides, a row longer than a step, rows without an entry: S xᵀ of a kernel of its own."""
-    monkeypatch.setattr(heuristics, "fuse", lambda product: True)
+    monkeypatch.setattr(cost, "fuse", lambda product: True)
     code = check(build(FORMATS[name], rows, (50, 66), entries=entries, dtype=dtype, transposed=transposed))
     assert sum("_tem_" in kernel for kernel in kernels(code)) == 2
     assert len(calls(code, "extern_kernels")) == 1
@@ -121,13 +121,13 @@ def test_error_budget_of_a_sparse_part_of_its_own(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, transposed: bool
 ) -> None:
     """S xᵀ is rounded to the dtype once, as adapter libraries round it."""
-    monkeypatch.setattr(heuristics, "fuse", lambda product: True)
+    monkeypatch.setattr(cost, "fuse", lambda product: True)
     shape = (128, 64) if transposed else (64, 128)
     within_budget(build(FORMATS["nf4"], 64, shape, rank=12, entries="random", dtype=dtype, transposed=transposed))
 
 
 def test_layers_with_one_input_transpose_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heuristics, "fuse", lambda product: True)
+    monkeypatch.setattr(cost, "fuse", lambda product: True)
     first, second = (build(FORMATS["nf4"], 20, (24, 32), rank=0, bias=False, seed=seed) for seed in (1, 2))
     second.x = first.x
 
@@ -164,7 +164,7 @@ def test_batches_and_strides() -> None:
 @pytest.mark.parametrize("sizes", [(9, 5, 33), (33, 20, 5)])
 def test_dynamic_rows(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]) -> None:
     """One graph for every number of rows, made for few or for many."""
-    monkeypatch.setattr(heuristics, "fuse", lambda product: True)
+    monkeypatch.setattr(cost, "fuse", lambda product: True)
     first = build(FORMATS["nf4"], sizes[0], (20, 32))
     op, key = ops.linear, first.layout.key
     delta = [first.A, first.B, first.values, first.mask.row_offsets, first.mask.cols]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rosa_fx.kernels import heuristics, ops
+from rosa_fx.kernels import cost, ops
 from rosa_fx.kernels import inductor_offline as offline
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.product import AMD, DECODE_ROWS
 from rosa_fx.kernels.report.architectures import Architecture
 from rosa_fx.kernels.terms.registry import term
 
@@ -92,8 +93,8 @@ def _product(kind: str, rows: int, transposed: bool, sparse: bool, dtype: torch.
 
 
 def _way(fused: bool) -> Callable[[], AbstractContextManager[Any]]:
-    """The lowering that decodes in the loop, or that writes a scratch buffer, whatever the heuristics think of the size."""
-    return lambda: mock.patch.object(heuristics, "fuse", return_value=fused)
+    """The lowering that decodes in the loop, or that writes a scratch buffer, whatever the cost model thinks of the size."""
+    return lambda: mock.patch.object(cost, "fuse", return_value=fused)
 
 
 def _traffic(kind: str, rows: int, sparse: bool, **fields: Any) -> Callable[[torch.dtype], tuple[float, float]]:
@@ -108,7 +109,7 @@ def _traffic(kind: str, rows: int, sparse: bool, **fields: Any) -> Callable[[tor
 
 
 def _linear(label: str, kind: str, rows: int, transposed: bool, sparse: bool, **fields: Any) -> Kernel:
-    phase = "decode" if rows <= heuristics.DECODE_ROWS else "training"
+    phase = "decode" if rows <= DECODE_ROWS else "training"
     direction = "grad input" if transposed else "forward"
     return Kernel(
         f"{direction} {label}, M = {rows}",
@@ -181,7 +182,7 @@ def _accumulate(architecture: Architecture) -> offline.Kernel:
     from rosa_fx.kernels import triton_accumulate
 
     dtype = operand_dtype(architecture)
-    capability = heuristics.AMD if architecture.amd else architecture.device.capability
+    capability = AMD if architecture.amd else architecture.device.capability
     constants = triton_accumulate.constants_of(SIDE, SIDE, TRAINING, dtype, capability)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     values = {"SQUARED": True, "dy_n": 1, "x_k": 1, **constants}
@@ -214,9 +215,9 @@ _FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def _all() -> tuple[Kernel, ...]:
     found: list[Kernel] = []
     for label, kind, fields in _FORMATS:
-        # A sparse part goes with few rows; grad-input kernels of few rows have none (heuristics.fuse).
+        # A sparse part goes with few rows; grad-input kernels of few rows have none (cost.fuse).
         for rows in (TRAINING, DECODE, ONE):
-            found.append(_linear(label, kind, rows, False, rows <= heuristics.DECODE_ROWS, **fields))
+            found.append(_linear(label, kind, rows, False, rows <= DECODE_ROWS, **fields))
         found += [_linear(label, kind, rows, True, False, **fields) for rows in (TRAINING, DECODE)]
     # With so many rows it is only for an autotuner to choose.
     found += [_linear("nf4 + sparse", "nf4", TRAINING, transposed, True) for transposed in (False, True)]

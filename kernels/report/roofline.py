@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rosa_fx.kernels.heuristics import CACHE_RATE, DECODE_ROWS, LONGEST, STEP
+from rosa_fx.kernels.cost import CACHE_RATE, LONGEST, STEP
+from rosa_fx.kernels.product import DECODE_ROWS
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 
 PREDICTION = "prediction, not a measurement"
