@@ -1,7 +1,8 @@
-"""A rewritten weight in eager mode with gradients: a tensor that is computed where it is read, and never kept.
+"""A rewritten weight in eager mode: a tensor that is computed where it is read, and never kept.
 
 Autograd keeps the operands of a product for backward. Were the weight an ordinary tensor, a forward pass would leave the
-dense weight of every layer behind. `LazyWeight` is a tensor without data that knows base and delta:
+dense weight of every layer behind, and one without gradients, such as the step of a generation, would decode it to multiply
+a few rows. `LazyWeight` is a tensor without data that knows base and delta:
 
 - a product with an activation (`F.linear`, `@`, `addmm`, ...; also of the transpose, a block, or cast) is the fused operator,
   which saves the activation and the parameters and forms no dense weight gradient;
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from rosa_fx.errors import EagerTrainingWarning
+from rosa_fx.errors import EagerTrainingWarning, RosaError
 from rosa_fx.kernels import ops
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.base import Region
@@ -154,6 +155,14 @@ class LazyWeight(Tensor):
         kwargs = kwargs or {}
         if func in _ARRANGING and isinstance(args[0], LazyWeight) and not kwargs.keys() - {"dtype"}:
             return _arranged(func, args[0], args[1:], kwargs)
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if isinstance(value, LazyWeight) and argument.alias_info is not None and argument.alias_info.is_write:
+                # The change would go to a copy and be lost.
+                raise RosaError(
+                    f"{func} would change a rewritten weight {tuple(value.shape)} in place, which is computed anew where it is "
+                    "read: change a copy (weight.detach()), or base and adapter through rosa_fx.adapter(model, name)"
+                )
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.plain, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -228,17 +237,16 @@ class _Attach(torch.autograd.Function):
 
 
 def is_eager() -> bool:
-    """Whether Python runs the model here and now with gradients: no capture, no transform of `torch.func`."""
+    """Whether Python runs the model here and now: no capture, no transform of `torch.func`."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
 
 
 def lazy_weight(base: list[Tensor], delta: list[Tensor], key: str) -> Tensor:
-    """W for eager training, as `ops.materialize(base, delta, key)` but without data."""
+    """W for eager mode, as `ops.materialize(base, delta, key)` but without data."""
     source = Source(base, delta, key)
     like = torch.empty(source.layout.shape, dtype=source.layout.dtype, device="meta")
     weight: Tensor = _Attach.apply(source, like, *delta)

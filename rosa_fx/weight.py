@@ -192,7 +192,7 @@ class RosaWeight(nn.Module):
                 delta.append(self.probe)
                 key = self.collect_key
         if eager.is_eager():
-            if self.training:
+            if self.training and torch.is_grad_enabled():
                 eager.warn_once()
             dense = eager.lazy_weight(self.base.tensors(), delta, key)
         else:

@@ -16,7 +16,7 @@ from test_spellings import SPELLINGS
 from torch import Tensor, nn
 
 import rosa_fx
-from rosa_fx import RosaSpec, eager
+from rosa_fx import RosaError, RosaSpec, eager
 from rosa_fx.eager import LazyWeight
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
@@ -210,8 +210,11 @@ def test_weight_taken_out_of_the_graph_is_an_ordinary_tensor(monkeypatch: pytest
     assert str(expected[0, :2].tolist()[0])[:5] in repr(linear.weight)
     buffer = io.BytesIO()
     torch.save(linear.weight.detach(), buffer)
+    for changes in (lambda w: w.mul_(2), lambda w: w.T.zero_(), lambda w: w[3].fill_(1), lambda w: torch.add(w, 1, out=w)):
+        with torch.no_grad(), pytest.raises(RosaError, match="would change a rewritten weight"):
+            changes(linear.weight)
     with torch.no_grad():
-        assert type(linear.weight) is Tensor
+        assert torch.equal(linear.weight, expected)
     before = linear.weight
     kept = linear.weight.detach()
     with torch.no_grad():
