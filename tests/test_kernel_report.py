@@ -279,6 +279,22 @@ def test_limits_of_few_rows(change: dict[str, object], said: str) -> None:
     assert said in text
 
 
+def test_the_reason_follows_from_the_machine_code() -> None:
+    """A step of 32×128 weights by 8 warps: 16 warp instructions of each are one of a lane for a weight."""
+    slow = replace(DECODE, instructions=80, half_rate=48, loop_opcodes={"FFMA": 30, "PRMT": 28.0, "LOP3": 20, "HMMA": 2})
+    (text,) = bars.missed([replace(slow, issue_pressure=4.5, pipe_pressure=6.0)], frozenset())
+    assert "1.14 times as long" in text
+    assert "the half-rate integer pipe has 3.0 instructions for each weight, of which memory leaves time for 2.6" in text
+    assert "(all 5.0 are issued in 0.86 of it); per warp and step of 32×128 weights: PRMT 28, LOP3 20." in text
+    (text,) = bars.missed([replace(slow, issue_pressure=6.0, pipe_pressure=4.5)], frozenset())
+    assert "issuing has 5.0 instructions for each weight, of which memory leaves time for 4.4; per warp" in text
+    assert "FFMA 30, PRMT 28, LOP3 20, HMMA 2. That is 0.33 of the time" in text
+    (text,) = bars.missed([replace(GOOD, warps=4, shared=120 << 10)], frozenset())
+    assert "3 stages take 120 KiB of 228 KiB of shared memory; registers alone would let 2 programs in" in text
+    (text,) = bars.missed([replace(DECODE, grid=32)], frozenset())
+    assert "a weight of 4096×4096 has 32 tiles for 132 multiprocessors; each asks for 3 steps of 8 KiB ahead" in text
+
+
 def test_what_keeps_the_limits_is_not_named() -> None:
     assert bars.missed([GOOD, replace(GOOD, arch="sm_80", issue_pressure=0.7)], frozenset({GOOD.kernel})) == []
     # Configs that only autotuning considers have to compile without spills, no more.

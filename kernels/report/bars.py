@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from rosa_fx.kernels.report import reasons
 from rosa_fx.kernels.report.rows import Row
 
 # Issue pressure of NF4 at the default training config, by architecture.
@@ -22,8 +23,9 @@ ISSUE_OVER_BYTES = 1.0
 
 
 def missed(rows: Iterable[Row], pressure_bar: frozenset[str]) -> list[str]:
-    """A sentence per limit that a row misses. `pressure_bar`: names of kernels that the limits on issue pressure hold for.
+    """A sentence per limit that a row misses, with its reason where machine code tells one.
 
+    `pressure_bar`: names of kernels that the limits on issue pressure hold for.
     Every config has to compile without spills. The others hold for the config that is taken without timing, on NVIDIA GPUs:
     configs beside it exist for autotuning to refuse.
     """
@@ -47,7 +49,10 @@ def _of(row: Row, pressure_bar: frozenset[str]) -> Iterator[str]:
     if row.dense_ratio is not None and row.dense_ratio > DENSE_RATIO:
         yield f"{row.dense_ratio:.2f} times the issue pressure of Inductor's own product, limit {DENSE_RATIO:.2f}"
     if row.warpgroups < WARPGROUPS:
-        yield f"{row.warpgroups:g} resident warpgroups per multiprocessor, at least {WARPGROUPS:g} wanted"
+        yield (
+            f"{row.warpgroups:g} resident warpgroups per multiprocessor, at least {WARPGROUPS:g} wanted: "
+            f"{reasons.of_warpgroups(row)}"
+        )
     yield from _loads(row)
 
 
@@ -60,7 +65,8 @@ def _loads(row: Row) -> Iterator[str]:
     if row.kernel.split(",")[0].endswith(("nf4", "fp4", "double quant")) and row.traffic[0] > TRAFFIC:
         yield f"{row.traffic[0]:.3f} bytes moved per weight, limit {TRAFFIC}"
     if row.issue_over_bytes is not None and row.issue_over_bytes > ISSUE_OVER_BYTES:
-        yield f"issuing takes {row.issue_over_bytes:.2f} times as long as moving the bytes, limit {ISSUE_OVER_BYTES:g}"
+        share = f"{row.issue_over_bytes:.2f} times as long as moving the bytes"
+        yield f"issuing takes {share}, limit {ISSUE_OVER_BYTES:g}: {reasons.of_issue(row)}"
     if row.latency_cover is not None and row.latency_cover < LATENCY_COVER:
         share = f"{row.latency_cover:.2f} of a latency's bytes"
-        yield f"{row.in_flight} programs in flight ask for {share}, limit {LATENCY_COVER:g}"
+        yield f"{row.in_flight} programs in flight ask for {share}, limit {LATENCY_COVER:g}: {reasons.of_cover(row)}"

@@ -126,7 +126,7 @@ def _linear(label: str, kind: str, rows: int, transposed: bool, sparse: bool, **
         # Beside S xᵀ, a kernel of its own.
         marker="arg_SPARSE_PART" if sparse and phase == "training" else "",
         # FP4 is NF4 with another table, double quantisation two loads more per block, one row a mask of 16.
-        every_config=label in ("nf4", "int8", "dense") and rows != ONE,
+        every_config=label in ("nf4", "nf4 + sparse", "int8", "dense") and rows != ONE,
     )
 
 

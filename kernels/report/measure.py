@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -143,6 +144,7 @@ def _compiled(
         mma_opcode=matrix[0].opcode,
         instructions=issued,
         half_rate=half,
+        loop_opcodes={name: count / turns for name, count in Counter(i.base for i in loop if i.vector).most_common(16)},
         issue_pressure=assembly.pressure(issued, compiled.warps, macs, rate, cycles),
         # Pipes of 16 lanes per scheduler take a warp's instruction in two cycles.
         pipe_pressure=None if architecture.amd else assembly.pressure(half, compiled.warps, macs, rate, 2),

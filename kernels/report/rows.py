@@ -17,7 +17,8 @@ class Row:
     of the main loop. stack: bytes per thread; spills: loads and stores of spilled registers. width: bytes per thread of the
     narrowest load of stored weights in the main loop (outside loops where nothing is multiplied), step_bytes: what they bring
     per program and k-step. grid: programs at the size compiled. traffic: bytes moved per weight by count, without and with the
-    adapters. dense_ratio: issue pressure over that of Inductor's own mm at the same tile. error: why there is nothing else.
+    adapters. opcodes: the most frequent of the kernel; loop_opcodes: those of the vector pipes per k-step, most first.
+    dense_ratio: issue pressure over that of Inductor's own mm at the same tile. error: why there is nothing else.
     """
 
     kernel: str
@@ -45,6 +46,7 @@ class Row:
     traffic: tuple[float, float] | None = None
     dense_ratio: float | None = None
     opcodes: dict[str, int] = field(default_factory=dict)
+    loop_opcodes: dict[str, float] = field(default_factory=dict)
 
     @property
     def resident(self) -> int:

@@ -16,7 +16,7 @@ _MATRIX = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "QMMA", "UTCHMMA", "UTCIMM
 _CONVERSIONS = ("F2F", "F2FP", "F2I", "I2F", "I2FP", "I2I")
 _LOGIC = ("BMSK", "LOP3", "PLOP3", "PRMT", "SGXT", "SHF")
 _ADD_COMPARE_SELECT = ("FMNMX", "FSEL", "FSETP", "IADD3", "IMNMX", "ISETP", "LEA", "SEL", "VIADD", "VIMNMX")
-_HALF_RATE = frozenset((*_CONVERSIONS, *_LOGIC, *_ADD_COMPARE_SELECT))
+HALF_RATE = frozenset((*_CONVERSIONS, *_LOGIC, *_ADD_COMPARE_SELECT))
 
 
 def _macs(opcode: str) -> int:
@@ -66,7 +66,7 @@ def parse(text: str, file: str = "") -> Listing:
                     _macs(opcode) if matrix else 0,
                     loads,
                     base in ("LDL", "STL"),
-                    half_rate=base in _HALF_RATE,
+                    half_rate=base in HALF_RATE,
                 )
             )
     return Listing(found, labels)
