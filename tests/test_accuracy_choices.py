@@ -212,7 +212,7 @@ def test_task_report_takes_the_best_rate_and_compares_seeds(tmp_path: Path) -> N
     assert result.exit_code == 0, result.output + repr(result.exception)
     text = (tmp_path / "README.md").read_text()
     assert "| 2 | 1.5000 ± " in text
-    assert "| low-rank, nf4 | +1.0000 ± " in text
+    assert "| nf4 | 4 | low-rank | +1.0000 ± " in text
     assert "+0.5000, +1.5000" in text
     assert (tmp_path / "task.png").read_bytes().startswith(b"\x89PNG")
     assert task_report.cells_of(results.rows[:2], {"rosa 1/2": 3})[0].tuned is False

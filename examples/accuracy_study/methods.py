@@ -38,6 +38,7 @@ METHODS = (
     Method("rosa 3/4", 0.75),
     Method("rosa 1/2", 0.5),
     Method("rosa 1/4", 0.25),
+    Method("rosa 1/2, random mask", 0.5, "random"),
 )
 
 

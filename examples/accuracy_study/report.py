@@ -127,9 +127,8 @@ def _task(folder: Path) -> list[str]:
     task_report.draw(cells, costs, folder / "task.png")
     text = TASK.format(command=command, runs=len(rows), share=grid.SPARSE_SHARE, large=task_report.ranks(cells), **setting)
     parts = [text, "\n".join(task_report.table(cells)), ""]
-    reference = next((c for c in cells if c.method == "rosa 1/2" and c.tuned and not c.change), None)
-    if reference is not None:
-        parts += ["Seed by seed (positive: worse than RoSA):", "", "\n".join(task_report.paired(cells, reference)), ""]
+    if any(cell.method == "rosa 1/2" and cell.tuned for cell in cells):
+        parts += ["Seed by seed (positive: worse than RoSA):", "", "\n".join(task_report.paired(cells)), ""]
     if costs:
         parts.append(COST.format(rows="\n".join(task_report.cost_rows(costs))))
     return parts

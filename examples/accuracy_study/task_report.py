@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accuracy_study.methods import BUDGETS
+from accuracy_study.methods import BUDGETS, METHODS
 from accuracy_study.results import Row
 from accuracy_study.statistics import mean_interval, shown
 
@@ -21,6 +21,7 @@ COLOURS = {
     "rosa 3/4": "#8fbbe0",
     "rosa 1/2": "#1f6fb4",
     "rosa 1/4": "#0b3d66",
+    "rosa 1/2, random mask": "#a98fd0",
 }
 MARKERS = {"nf4": "o", "keep": "s"}
 
@@ -58,7 +59,7 @@ class Found:
 
 
 def cells_of(rows: Sequence[Row], planned: dict[str, int]) -> list[Found]:
-    """Cells in the order in which they were first run. `planned`: learning rates tried, by the method's name."""
+    """Cells by base, budget and method. `planned`: learning rates tried, by the method's name."""
     found: dict[str, Found] = {}
     for row in rows:
         key = row["key"]
@@ -70,7 +71,8 @@ def cells_of(rows: Sequence[Row], planned: dict[str, int]) -> list[Found]:
         cell.rows[key["lr"], key["seed"]] = row
         if key["seed"] == 0:
             cell.trials[key["lr"]] = row["loss"]
-    return list(found.values())
+    budgets, methods = ("all", *reversed(BUDGETS)), [method.name for method in METHODS]
+    return sorted(found.values(), key=lambda c: (c.base, budgets.index(c.budget), bool(c.change), methods.index(c.method)))
 
 
 def table(cells: Sequence[Found]) -> list[str]:
@@ -92,21 +94,24 @@ def table(cells: Sequence[Found]) -> list[str]:
     return lines
 
 
-def paired(cells: Sequence[Found], reference: Found) -> list[str]:
-    """Differences in held-out loss from `reference`, seed by seed: the same order of rows, the same start of A."""
-    lines = [
-        f"| compared with {reference.label}, {reference.base} | difference in held-out loss | seed by seed |",
-        "|---|---|---|",
-    ]
-    for cell in cells:
-        if cell is reference or not cell.tuned:
-            continue
-        common = sorted(cell.seeds.keys() & reference.seeds.keys())
-        differences = [cell.seeds[s]["loss"] - reference.seeds[s]["loss"] for s in common]
-        if differences:
-            each = ", ".join(f"{d:+.4f}" for d in differences)
-            text = shown(differences, 4)
-            lines.append(f"| {cell.label}, {cell.base} | {text if text[0] == '-' else '+' + text} | {each} |")
+def paired(cells: Sequence[Found]) -> list[str]:
+    """Differences in held-out loss from RoSA over the same base with the same budget, seed by seed: the same order of rows, the
+    same start of A. Full fine-tuning is compared with RoSA's largest budget."""
+    lines = ["| base | R | compared with rosa 1/2 | difference in held-out loss | seed by seed |", "|---|---|---|---|---|"]
+    references = [cell for cell in cells if cell.method == "rosa 1/2" and cell.tuned and not cell.change]
+    for reference in references:
+        first = next(other for other in references if other.base == reference.base)
+        for cell in cells:
+            comparable = cell.budget == reference.budget or (cell.budget == "all" and reference is first)
+            if cell is reference or not cell.tuned or cell.base != reference.base or not comparable:
+                continue
+            common = sorted(cell.seeds.keys() & reference.seeds.keys())
+            differences = [cell.seeds[s]["loss"] - reference.seeds[s]["loss"] for s in common]
+            if differences:
+                each = ", ".join(f"{d:+.4f}" for d in differences)
+                text = shown(differences, 4)
+                text = text if text[0] == "-" else "+" + text
+                lines.append(f"| {cell.base} | {BUDGETS[reference.budget]} | {cell.label} | {text} | {each} |")
     return lines
 
 
