@@ -2,8 +2,8 @@
 
 The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and
 the backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients,
-account for what is left. What is left stays right: the dense weight is computed for it, and the report says why. Last, layers
-with one input share what they have in common.
+account for what is left. What is left stays right: the dense weight is computed for it, and the report says why. Last, products
+that share the ends of groups read them once, and layers with one input share what they have in common.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rosa_fx.passes.fuse_experts import (
 from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
+from rosa_fx.passes.group_ends import read_ends_once
 from rosa_fx.passes.report import GraphReport, Use, weight_name
 from rosa_fx.passes.shared_input import share_inputs
 from rosa_fx.passes.split_cat import split_concatenations
@@ -91,6 +92,7 @@ def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphRe
         count_work(graph, report, use_of)
     if strict:
         _check_strict(report)
+    read_ends_once(graph)
     _share(graph, report, {delta: name for (delta, _), name in by_delta.items()})
     graph.lint()
     return report

@@ -37,26 +37,29 @@ class Sparse(Term):
         scatter_add_(weight, *tensors)
 
     def split(self, tensors: Sequence[Tensor], stack: int) -> Callable[[int], Sequence[Tensor]]:
+        return self._matrices(tensors, stack)[0]
+
+    @staticmethod
+    def _matrices(tensors: Sequence[Tensor], stack: int) -> tuple[Callable[[int], Sequence[Tensor]], list[int]]:
+        """The tensors of a matrix by its number, and where the entries of each begin and the last one's end.
+
+        Waits for the device once.
+        """
         values, row_offsets, cols = tensors
-        rows, bounds = self._bounds(row_offsets, stack)
+        rows = (row_offsets.numel() - 1) // stack
+        bounds: list[int] = row_offsets[::rows].tolist()
 
         def matrix(index: int) -> Sequence[Tensor]:
             start, stop = bounds[index : index + 2]
             offsets = row_offsets[index * rows : (index + 1) * rows + 1] - start
             return values[start:stop], offsets, cols[start:stop]
 
-        return matrix
-
-    @staticmethod
-    def _bounds(row_offsets: Tensor, stack: int) -> tuple[int, list[int]]:
-        """Rows of each matrix of a stack, and where its entries begin and the last one's end. Waits for the device."""
-        rows = (row_offsets.numel() - 1) // stack
-        return rows, row_offsets[::rows].tolist()
+        return matrix, bounds
 
     def grads_of_stack(
         self, pieces: Sequence[tuple[int, Tensor, Tensor]], tensors: Sequence[Tensor], shape: Shape, stack: int
     ) -> list[Tensor]:
-        matrix, (_, bounds) = self.split(tensors, stack), self._bounds(tensors[1], stack)
+        matrix, bounds = self._matrices(tensors, stack)
         out = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
         for index, dy, x in pieces:
             out[bounds[index] : bounds[index + 1]] += self.grads(dy, x, matrix(index))[0]
