@@ -148,12 +148,12 @@ def _whole(
 
 
 def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout) -> Tensor:
-    wide = x.float().contiguous()
-    out = torch.empty(x.shape[0], layout.out_shape[0])
     pair = beside[0][0].pair(beside[0][1]) if beside else None
-    source.few(_region(layout), wide, out, x.dtype == torch.bfloat16, pair)
-    for item, tensors in beside[pair is not None :]:
-        left, thin = item.factors(wide, tensors, False)
+    rest = beside[pair is not None :]
+    out = x.new_empty(x.shape[0], layout.out_shape[0], dtype=torch.float32 if rest or bias is not None else x.dtype)
+    source.few(_region(layout), x if x.stride(1) == 1 else x.contiguous(), out, pair)
+    for item, tensors in rest:
+        left, thin = item.factors(x.float(), tensors, False)
         out.addmm_(left.float(), thin)
     if bias is not None:
         out += bias

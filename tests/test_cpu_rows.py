@@ -109,11 +109,11 @@ def test_few_rows(N: int, K: int, base: tuple[str, dict[str, Any]], M: int, cut:
     M=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 33, 64]),
     dtype=st.sampled_from(DTYPES),
     cut=st.floats(0, 1),
-    low=st.booleans(),
+    x_dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 9),
 )
 def test_few_rows_of_codes_that_begin_at_words(
-    N: int, K: int, base: tuple[str, dict[str, Any]], M: int, dtype: torch.dtype, cut: float, low: bool, seed: int
+    N: int, K: int, base: tuple[str, dict[str, Any]], M: int, dtype: torch.dtype, cut: float, x_dtype: torch.dtype, seed: int
 ) -> None:
     """What processors with AVX-512 decode in registers, in float32 and in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,14 +137,19 @@ def test_few_rows_of_codes_that_begin_at_words(
     blocksize = stored.blocksize
     stored.scales[: row * K // blocksize] = float("nan")
     stored.scales[-(-row_stop * K // blocksize) :] = float("nan")
-    x = torch.randn(M, column_stop - column + 5, generator=generator).bfloat16().float()[:, : column_stop - column]
+    x = torch.randn(M, column_stop - column + 5, generator=generator).to(x_dtype)[:, : column_stop - column]
     held = torch.full((M, row_stop - row + 2), float("nan"))
-    source.few(region, x, held[:, : row_stop - row], low)
+    source.few(region, x, held[:, : row_stop - row])
+    for out_dtype in DTYPES[1:]:
+        narrow = torch.full(held.shape, float("nan"), dtype=out_dtype)
+        source.few(region, x, narrow[:, : row_stop - row])
+        assert torch.equal(narrow[:, : row_stop - row], held[:, : row_stop - row].to(out_dtype))
+        assert bool(narrow[:, row_stop - row :].isnan().all())
     stored.scales.copy_(scales)
     assert bool(held[:, row_stop - row :].isnan().all())
     exact, size = x.double() @ weight.double().t(), x.double().abs() @ (plain.double().abs() + (weight - plain).abs()).t()
     # One rounding of each base weight to 8 bits where it may be; and as for any order of summation in at least 4 sums.
-    rounding = 2.0**-8 if low else 0
+    rounding = 2.0**-8 if x_dtype == torch.bfloat16 else 0
     bound = (rounding + max(80, K // 4 + 8) * torch.finfo(torch.float32).eps) * size
     assert bool(((held[:, : row_stop - row] - exact).abs() <= bound).all())
 

@@ -39,23 +39,36 @@ using DotProducts = void (*)(const float*, const float*, int64_t, int64_t, vf*);
 
 extern "C" {
 
-// y[m][r - r0] = sum over c0 <= k < c1 of x[m][k - c0] (D(Q) + S)[r][k], summed in fp32. `low`: the x are bf16 values, and
-// D(Q) may be rounded to bf16 too, as a product of that dtype has it. To it comes scale (x Aᵀ) Bᵀ with A [R, c1 - c0] and
+// y[m][r - r0] = sum over c0 <= k < c1 of x[m][k - c0] (D(Q) + S)[r][k], summed in fp32 and rounded once. Where x is bf16, D(Q)
+// may be rounded to it too, as a product of that dtype has it. To it comes scale (x Aᵀ) Bᵀ with A [R, c1 - c0] and
 // B [r1 - r0, R]. No element depends on `threads`.
-int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const float* x, int64_t M,
-                  int64_t x_stride, float* y, int64_t y_stride, int low, const float* A, int64_t a_stride, const float* B, int64_t b_stride,
+int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const void* given, int given_dtype, int64_t M,
+                  int64_t given_stride, void* y, int y_dtype, int64_t y_stride, const float* A, int64_t a_stride, const float* B, int64_t b_stride,
                   int64_t R, float scale, int threads) {
   const DotProducts kernels[] = {nullptr, dot_products<1>, dot_products<2>, dot_products<3>, dot_products<4>};
   if (M == 0) return 0;
-  LowRankPart part{nullptr, B, b_stride, R, M, r0};
-  if (R > 0 && !low_rank_left(x, M, x_stride, c1 - c0, A, a_stride, scale, threads, part)) return 1;
+  const int64_t columns = c1 - c0;
+  LowRankPart part{A, B, a_stride, b_stride, R, M, r0, scale, few_left_scratch.get<float>(R * M + 1)};
+  // Rows in fp32 stay where they are.
+  FewInput input{given, given_dtype, given_stride, M, columns, static_cast<const float*>(given), given_stride, nullptr};
+  if (given_dtype != F32) {
+    input.stride = (columns + 2 * VL - 1) / VL * VL;
+    input.own = few_input_scratch.get<float>(M * input.stride);
+    input.x = input.own;
+  }
+  if (!part.left || (given_dtype != F32 && !input.own)) return 1;
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * columns / 32768)));
+  const FewOutput output{y, y_dtype, y_stride};
 #if defined(FEW_FOUR_BIT)
-  if (fits_few_fourbit(*rows, r0, r1, c0, c1)) return few_fourbit(*rows, r0, r1, c0, c1, x, M, x_stride, y, y_stride, low != 0, part, threads);
+  if (fits_few_fourbit(*rows, r0, r1, c0, c1)) return few_fourbit(*rows, r0, r1, c0, c1, input, output, part, threads);
 #endif
   const int64_t blocks = (r1 - r0 + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
   int failed = 0;
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * (c1 - c0) / 32768)));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  Prologue rows_of_x;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+  rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
+#pragma omp for schedule(dynamic, 8)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = r0 + b * WEIGHT_ROWS, count = std::min<int64_t>(WEIGHT_ROWS, r1 - first);
     float* w = row_scratch.get<float>(WEIGHT_ROWS * SPAN);
@@ -71,14 +84,15 @@ int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t 
       const int64_t n = std::min<int64_t>(SPAN, c1 - c);
       for (int64_t i = 0; i < count; ++i) decode_row(*rows, first + i, c, c + n, w + i * SPAN);
       for (int64_t m = 0; m < M; m += 4)
-        kernels[std::min<int64_t>(4, M - m)](w, x + m * x_stride + (c - c0), x_stride, n, sums + m * WEIGHT_ROWS);
+        kernels[std::min<int64_t>(4, M - m)](w, input.x + m * input.stride + (c - c0), input.stride, n, sums + m * WEIGHT_ROWS);
     }
     for (int64_t m = 0; m < M; ++m)
       for (int64_t i = 0; i < count; ++i) {
         float total = lane_sum(sums[m * WEIGHT_ROWS + i]);
         for (int64_t k = 0; k < R; ++k) total += B[(first - r0 + i) * b_stride + k] * part.left[k * M + m];
-        y[m * y_stride + (first - r0) + i] = total;
+        output.put(m, first - r0 + i, total);
       }
+  }
   }
   return failed;
 }

@@ -14,12 +14,8 @@ void few_totals(const __m512* sums, int64_t count, float* totals) {
   }
 }
 
-// y[m][i] = totals[i][m], by squares: single elements of rows that are far apart would be slower than the products.
-void few_store(const float* totals, int64_t count, int64_t M, float* y, int64_t y_stride) {
-  if (M == 1) {
-    std::memcpy(y, totals, count * sizeof(float));
-    return;
-  }
+// y[m][first + i] = totals[i][m], by squares: single elements of rows that are far apart would be slower than the products.
+void few_store(const float* totals, int64_t count, int64_t M, const FewOutput& output, int64_t first) {
   for (int64_t n = 0; n < count; n += VL)
     for (int64_t m = 0; m < M; m += VL) {
       const __mmask16 rows = __mmask16(M - m >= VL ? 0xffff : (1 << (M - m)) - 1);
@@ -27,7 +23,19 @@ void few_store(const float* totals, int64_t count, int64_t M, float* y, int64_t 
       vu square[VL];
       for (int i = 0; i < VL; ++i) square[i] = n + i < count ? (vu)_mm512_maskz_loadu_ps(rows, totals + (n + i) * M + m) : vu{};
       transpose_square(square);
-      for (int64_t i = 0; i < VL && m + i < M; ++i) _mm512_mask_storeu_ps(y + (m + i) * y_stride + n, outputs, (__m512)square[i]);
+      for (int64_t i = 0; i < VL && m + i < M; ++i) {
+        const int64_t at = (m + i) * output.stride + first + n;
+        if (output.dtype == F32) {
+          _mm512_mask_storeu_ps(static_cast<float*>(output.y) + at, outputs, (__m512)square[i]);
+          continue;
+        }
+        uint16_t narrow[VL];
+        const float* from = reinterpret_cast<const float*>(&square[i]);
+        if (output.dtype == BF16) narrow_bf16(from, VL, narrow);
+        else
+          for (int k = 0; k < VL; ++k) narrow[k] = Half::narrow(from[k]);
+        std::memcpy(static_cast<uint16_t*>(output.y) + at, narrow, std::min<int64_t>(VL, count - n) * sizeof(uint16_t));
+      }
     }
 }
 

@@ -21,20 +21,22 @@ void few_turn(const FewProblem& p, const float* x, int64_t x_stride, int64_t chu
     }
 }
 
-int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const float* x, int64_t M, int64_t x_stride, float* y,
-                int64_t y_stride, bool low, const LowRankPart& part, int threads) {
+int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const FewInput& input, const FewOutput& output,
+                const LowRankPart& part, int threads) {
+  const int64_t M = input.M, x_stride = input.stride;
+  const float* x = input.x;
   const int shift = __builtin_ctzll(s.blocksize);
   const int64_t chunks = (c1 - c0 + CODES - 1) / CODES;
   const FewProblem p{&s, r0, r1, c0, c1, M, chunks, (s.N * s.K + s.blocksize - 1) >> shift, shift};
 #if defined(__AVX512BF16__)
-  const bool pairs = low && M > 4;  // below, decoding takes most of the time, and it is in fp32 anyway
+  const bool pairs = input.dtype == BF16 && M > 4;  // below, decoding takes most of the time, and it is in fp32 anyway
 #else
   const bool pairs = false;
 #endif
   const int64_t columns = c1 - c0, tasks = (r1 - r0 + FEW_BLOCK - 1) / FEW_BLOCK;
   float* arranged = few_x_scratch.get<float>(M * chunks * CODES);
   // 8 rows are read together with 8 of the next column.
-  FewColumns turned{nullptr, M <= 8 ? 8 : (M + VL - 1) / VL * VL, low};
+  FewColumns turned{nullptr, M <= 8 ? 8 : (M + VL - 1) / VL * VL, input.dtype == BF16};
   const bool turns = s.values && M > 1;
   if (turns) turned.data = few_columns_scratch.get<float>(columns * turned.pitch + VL);
   if (!arranged || (turns && !turned.data)) return 1;
@@ -44,16 +46,11 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
     if (turns) few_turn(p, x, x_stride, chunk, turned);
   };
   int failed = 0;
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * columns / 32768)));
-  // Threads that sleep between regions take as long to wake as this takes for a row or two.
-  const bool shared = M * columns > 32768;
-  for (int64_t chunk = 0; !shared && chunk < chunks; ++chunk) arrange(chunk);
+  Prologue rows_of_x, chunks_of_x;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (shared) {
-#pragma omp for schedule(static)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) arrange(chunk);
-    }
+    rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
+    chunks_of_x.run(chunks, arrange);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t first = r0 + task * FEW_BLOCK, count = std::min<int64_t>(FEW_BLOCK, r1 - first);
@@ -84,7 +81,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
         else if (dtype == BF16) few_beside<BFloat>(p, first + i, turned, part, totals + i * M);
         else few_beside<Half>(p, first + i, turned, part, totals + i * M);
       }
-      few_store(totals, count, M, y + (first - r0), y_stride);
+      few_store(totals, count, M, output, first - r0);
     }
   }
   return failed;

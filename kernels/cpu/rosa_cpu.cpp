@@ -5,6 +5,7 @@
 //
 // One compilation unit: the loader puts the parts below in the place of their #include.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>

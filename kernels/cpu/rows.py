@@ -91,13 +91,12 @@ class Source:
         if failed:
             raise MemoryError(f"no scratch memory for the sparse entries of {region[1] - region[0]} rows")
 
-    def few(
-        self, region: Region, x: Tensor, out: Tensor, low: bool = False, pair: tuple[Tensor, Tensor, float] | None = None
-    ) -> None:
-        """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, all float32, rows of x and out adjacent
-        elements. For few rows of x: the weight is decoded in the L1 cache and never stored. `low`: x holds bfloat16 values, and
-        D(Q), though not S, may be rounded to that too. `pair`: A [R, columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is
-        added; of other dtypes they are converted. Raises as `write`."""
+    def few(self, region: Region, x: Tensor, out: Tensor, pair: tuple[Tensor, Tensor, float] | None = None) -> None:
+        """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, summed in float32 and rounded once.
+
+        float32, bfloat16 or float16, elements of a row of x and of out adjacent. For few rows of x: the weight is decoded in the
+        L1 cache and never stored. Where x is bfloat16, D(Q), though not S, may be rounded to that too. `pair`: A [R, columns],
+        B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added; of other dtypes than float32 they are converted. Raises as `write`."""
         A = B = None
         factors: tuple[Any, ...] = (None, 0, None, 0, 0, 0.0)
         if pair is not None and pair[0].numel():
@@ -107,11 +106,12 @@ class Source:
             ctypes.byref(self._rows),
             *region,
             x.data_ptr(),
+            sparse.DTYPES[x.dtype],
             x.shape[0],
             x.stride(0),
             out.data_ptr(),
+            sparse.DTYPES[out.dtype],
             out.stride(0),
-            low,
             *factors,
             torch.get_num_threads(),
         )
@@ -133,7 +133,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rosa_spmm.argtypes = [ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64, i32]
     library.rosa_spmm.restype = i32
     library.rosa_few_rows.argtypes = [
-        *(ptr, i64, i64, i64, i64, ptr, i64, i64, ptr, i64, i32),
+        *(ptr, i64, i64, i64, i64, ptr, i32, i64, i64, ptr, i32, i64),
         *(ptr, i64, ptr, i64, i64, ctypes.c_float, i32),
     ]
     library.rosa_few_rows.restype = i32
