@@ -31,6 +31,14 @@ def linear4bit(weight: Tensor, dtype: torch.dtype) -> nn.Module:
     return module.to("cpu")
 
 
+def dense4bit(model: nn.Module) -> Tensor:
+    """The weight [N, K] of the only `linear4bit` in the model, which has not been called, in float32."""
+    import bitsandbytes as bnb
+
+    (weight,) = (module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+
+
 def with_lora(model: nn.Module, rank: int, targets: Any = "all-linear") -> nn.Module:
     """PEFT's LoRA on every linear of the model."""
     from peft import LoraConfig, get_peft_model

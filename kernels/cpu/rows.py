@@ -95,8 +95,9 @@ class Source:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, summed in float32 and rounded once.
 
         float32, bfloat16 or float16, elements of a row of x and of out adjacent. For few rows of x: the weight is decoded in
-        the L1 cache and never stored. Where x is bfloat16, D(Q), though not S, may be rounded to that too. `pair`: A [R, columns],
-        B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added; of other dtypes than float32 they are converted. Raises as `write`."""
+        the L1 cache and never stored. Where x is bfloat16, D(Q), though not S, may be rounded to that too. `pair`: A [R,
+        columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added; of other dtypes than float32 they are converted. Raises
+        as `write`."""
         A = B = None
         factors: tuple[Any, ...] = (None, 0, None, 0, 0, 0.0)
         if pair is not None and pair[0].numel():
