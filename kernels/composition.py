@@ -8,7 +8,8 @@ Cost of a product of M rows with a weight [N, K], over that of the GEMM of a fro
     few rows      the same decoding and M·N·K multiply-adds from the L1 cache; no tile.
     dy W          the GEMM of low precision reads its right operand down the rows: it is slower by a tenth where these are
                   long. So the tile is a row of panels, each narrow and by itself, filled in one pass over the weight.
-    S apart       where the tile is in low precision, in which S would be lost: M·nnz multiply-adds and M·(K + N) elements.
+    terms first   where the GEMM is in low precision, in which S would be lost: its sums start from x Sᵀ and a thin low-rank
+                  product in float32, M·(nnz + R·(N + K)) multiply-adds and M·(K + N) elements (`cpu/terms.cpp`).
     whole         the weight dequantised, N·K elements written and read; S scattered into it.
     low rank      x Aᵀ and (x Aᵀ) Bᵀ: R·(1/N + 1/K) of the GEMM's operations, and one pass over y.
 
@@ -41,6 +42,10 @@ _PANEL = 512
 # Scratch memory up to this size is kept by each thread: fresh large blocks would be page-faulted in every time.
 _KEPT_BYTES = 64 << 20
 
+# Up to these ranks the low-rank term of a product in low precision is multiplied in float32; beyond, the GEMM is faster, which
+# needs it beside the weight: in a tile, or in a copy of a whole weight.
+_FP32_RANK, _FP32_RANK_WHOLE = 32, 64
+
 _LOW = (torch.bfloat16, torch.float16)
 _Weighted = list[tuple[Term, Sequence[Tensor]]]
 _Pairs = list[tuple[Tensor, Tensor]]
@@ -64,16 +69,23 @@ def product(
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
         out = _few(flat, bias, source, beside, parsed)
         return out.view(*x.shape[:-1], out.shape[-1])
-    apart = source if folded and x.dtype in _LOW and native(x.dtype) else None
-    if apart is not None:
+    first = source if folded and _is_low(x) else None
+    if first is not None:
         folded = []
         source = _source(x, base, folded, parsed)
+    low_rank = None
+    if not folded and _starts_with_low_rank(x, beside, source is None, first is not None):
+        first = first or rows.source(parsed.shape, parsed.base.stored(base), None)
+        low_rank = beside.pop(0) if first is not None else None
+    begin = None
+    if first is not None:
+        begin = x.new_empty(flat.shape[0], parsed.out_shape[1 if transposed else 0])
+        pair, left = (None, None) if low_rank is None else (low_rank[0].pair(low_rank[1]), low_rank[0].thin(low_rank[1]))
+        first.terms(_region(parsed), flat, begin, transposed, pair, left)
     if source is None:
-        out = _whole(flat, bias, base, folded, beside, parsed, transposed)
+        out = _whole(flat, bias, base, folded, beside, parsed, transposed, begin)
     else:
-        out = _tiled(flat, bias, source, beside, parsed, transposed)
-    if apart is not None:
-        apart.add_sparse(_region(parsed), flat, out, transposed)
+        out = _tiled(flat, bias, source, beside, parsed, transposed, begin)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -117,6 +129,22 @@ def _source(x: Tensor, base: Sequence[Tensor], folded: _Weighted, layout: Layout
     return rows.source(layout.shape, stored, csr[0] if csr else None)
 
 
+def _is_low(x: Tensor) -> bool:
+    """Whether the product is computed in low precision by the CPU, which then takes sums that start from the terms."""
+    return x.device.type == "cpu" and x.dtype in _LOW and native(x.dtype)
+
+
+def _starts_with_low_rank(x: Tensor, beside: _Weighted, whole: bool, started: bool) -> bool:
+    """Whether the first term is among those from which the product starts.
+
+    `whole`: there is no tile with room for its right factor; `started`: there is S, so that the pass is made anyway.
+    """
+    if not _is_low(x) or not beside or not (whole or started):
+        return False
+    pair = beside[0][0].pair(beside[0][1])
+    return pair is not None and len(pair[0]) <= (_FP32_RANK_WHOLE if whole else _FP32_RANK)
+
+
 def _whole(
     x: Tensor,
     bias: Tensor | None,
@@ -125,6 +153,7 @@ def _whole(
     beside: _Weighted,
     layout: Layout,
     transposed: bool,
+    begin: Tensor | None,
 ) -> Tensor:
     weight = (layout.base.dequantize if folded else layout.base.read)(base, layout.shape, x.dtype)
     for item, tensors in folded:
@@ -141,14 +170,15 @@ def _whole(
         else:
             right = torch.cat([weight, *(thin.t() for _, thin in pairs)], dim=1).t()
         pairs = []
-    out = gemm.product(x, right, None if bias is None else bias.to(x.dtype))
+    out = gemm.product(x, right, None if bias is None else bias.to(x.dtype), begin, begin is not None)
     for left, thin in pairs:
         out.addmm_(left, thin)
     return out
 
 
 def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout) -> Tensor:
-    pair = beside[0][0].pair(beside[0][1]) if beside else None
+    # A product that exists already is taken.
+    pair = beside[0][0].pair(beside[0][1]) if beside and beside[0][0].thin(beside[0][1]) is None else None
     rest = beside[pair is not None :]
     out = x.new_empty(x.shape[0], layout.out_shape[0], dtype=torch.float32 if rest or bias is not None else x.dtype)
     source.few(_region(layout), x if x.stride(1) == 1 else x.contiguous(), out, pair)
@@ -160,7 +190,15 @@ def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted,
     return out.to(x.dtype)
 
 
-def _tiled(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighted, layout: Layout, transposed: bool) -> Tensor:
+def _tiled(
+    x: Tensor,
+    bias: Tensor | None,
+    source: rows.Source,
+    beside: _Weighted,
+    layout: Layout,
+    transposed: bool,
+    begin: Tensor | None,
+) -> Tensor:
     """Tiles of outputs, each reduced in one GEMM: rows of the weight, or its columns if `transposed`."""
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     dtype = x.dtype if native(x.dtype) else torch.float32
@@ -172,7 +210,8 @@ def _tiled(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighte
     if riders:
         wide = torch.cat([wide, *(left for left, _ in riders)], dim=1)
         pairs = []
-    out = x.new_empty(x.shape[0], outputs)
+    out = x.new_empty(x.shape[0], outputs) if begin is None else begin
+    add = begin is not None
     row, row_stop, column, _ = _region(layout)
     width = min(outputs, max(_TILE_OUTPUTS, _TILE_BYTES // (dtype.itemsize * max(1, depth)) // _PANEL * _PANEL))
     panel = _PANEL if transposed and dtype in _LOW else width
@@ -183,7 +222,7 @@ def _tiled(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighte
             source.write((row, row_stop, column + start, column + stop), tile)
             for at, part in zip(range(start, stop, panel), tile):
                 end = min(stop, at + panel)
-                _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end)
+                _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
             continue
         # One block where a row is multiplied at once.
         blocks = gemm.blocks(depth) if gemm.by_onednn(dtype, x.device) else [(0, wide.shape[1])]
@@ -193,7 +232,7 @@ def _tiled(x: Tensor, bias: Tensor | None, source: rows.Source, beside: _Weighte
             tile = memory[first:last].view(stop - start, last - first)
             source.write((row + start, row + stop, column + first, column + min(last, depth)), tile)
             rights.append(tile.t())
-        _multiply(wide, rights[0] if len(rights) == 1 else rights, bias, riders, pairs, out, start, stop)
+        _multiply(wide, rights[0] if len(rights) == 1 else rights, bias, riders, pairs, out, start, stop, add)
     return out
 
 
@@ -206,8 +245,9 @@ def _multiply(
     out: Tensor,
     start: int,
     stop: int,
+    add: bool,
 ) -> None:
-    """out[:, start:stop] = wide right + bias + pairs. The last rows of `right` are for the right factors of `riders`."""
+    """out[:, start:stop] = wide right + bias + pairs; += if `add`. The last rows of `right` are for those of `riders`."""
     row = wide.shape[1]
     for _, thin in reversed(riders):
         assert isinstance(right, Tensor)
@@ -215,7 +255,7 @@ def _multiply(
         right[row : row + len(thin)].copy_(thin[:, start:stop])
     target = out[:, start:stop]
     total = target if wide.dtype == out.dtype else _scratch("out", target.shape, wide.dtype)
-    gemm.product(wide, right, None if bias is None else bias[start:stop].to(wide.dtype), total)
+    gemm.product(wide, right, None if bias is None else bias[start:stop].to(wide.dtype), total, add)
     for left, thin in pairs:
         total.addmm_(left, thin[:, start:stop])
     if total is not target:

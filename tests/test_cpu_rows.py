@@ -254,14 +254,26 @@ def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -
     st.sampled_from([1, 15, 64, 65, 200]),
     st.floats(0, 1),
     st.booleans(),
+    st.sampled_from([0, 1, 6, 16]),
+    st.booleans(),
     st.integers(0, 9),
 )
-def test_sparse_product_is_added_in_float32(
-    N: int, K: int, dtype: torch.dtype, value_t: torch.dtype, M: int, cut: float, transposed: bool, seed: int
+def test_terms_from_which_a_product_starts(
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    value_t: torch.dtype,
+    M: int,
+    cut: float,
+    transposed: bool,
+    R: int,
+    thin: bool,
+    seed: int,
 ) -> None:
+    """S, the low-rank term, or both; `thin`: its product with x is given."""
     generator = torch.Generator().manual_seed(seed)
     form = base_format("dense")
-    csr = random_csr(N, K, 0.1, value_t, generator)
+    csr = random_csr(N, K, 0.0 if R and seed % 3 == 0 else 0.1, value_t, generator)
     row, column = int(cut * (N - 1)), int((1 - cut) * (K - 1))
     source = rows.source((N, K), form.stored([torch.zeros(N, K)]), csr)
     assert source is not None
@@ -270,22 +282,26 @@ def test_sparse_product_is_added_in_float32(
     part = S[row:, column:] if transposed else S[row:, column:].t()
     x = torch.randn(part.shape[0], M, generator=generator).to(dtype).t()
     x = x if seed % 2 else x.contiguous()
-    before = torch.randn(M, part.shape[1], generator=generator).to(dtype)
-    exact, size = before.double() + x.double() @ part, before.double().abs() + x.double().abs() @ part.abs()
+    exact, size = x.double() @ part, x.double().abs() @ part.abs()
+    A, B = torch.randn(R, K, generator=generator)[:, column:], torch.randn(N, R, generator=generator).to(value_t)[row:]
+    inner, outer = (B.double(), A.double()) if transposed else (A.double().t(), B.double().t())
+    left = ((0.3 if transposed else 1) * (x.double() @ inner)).to(dtype) if thin else None
+    product = x.double() @ inner * 0.3 if left is None else left.double() * (1 if transposed else 0.3)
+    exact += product @ outer
+    size += (x.double().abs() @ inner.abs() if left is None else product.abs()) @ outer.abs()
     outputs = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             held = torch.full((M, part.shape[1] + 2), float("nan"), dtype=dtype)
-            held[:, :-2] = before
-            source.add_sparse((row, N, column, K), x, held[:, :-2], transposed)
+            source.terms((row, N, column, K), x, held[:, :-2], transposed, (A, B, 0.3), left)
             assert bool(held[:, -2:].isnan().all())
             outputs.append(held[:, :-2])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outputs)
-    roundings = torch.finfo(torch.float32).eps * (part.shape[0] + 2) * size + torch.finfo(dtype).eps * exact.abs()
+    roundings = torch.finfo(torch.float32).eps * (part.shape[0] + R + 2) * size + torch.finfo(dtype).eps * exact.abs()
     assert bool(((outputs[0].double() - exact).abs() <= roundings + torch.finfo(dtype).smallest_normal).all())
 
 

@@ -277,10 +277,13 @@ def test_given_product_means_the_low_rank_term(make_case: Callable[..., Any]) ->
         (ops.linear_t, case.dy, case.dy @ (low_rank.scale * B)),
     ):
         expected = op(rows, None, case.base, case.delta, case.layout.key)
-        assert torch.equal(op(rows, None, case.base, [A, B, product, *rest], given.key), expected)
+        exact = op(rows.double(), None, case.base, case.delta64, case.layout64.key)
+        # A kernel that computes the product itself may round it otherwise.
+        assert_budget([op(rows, None, case.base, [A, B, product, *rest], given.key)], [expected], [exact], FLOAT32)
         # It is the product that is taken, and not computed again.
         other = op(rows, None, case.base, [A, B, 0 * product, *rest], given.key)
-        assert not torch.equal(other, expected)
+        assert torch.equal(other, op(rows, None, case.base, [A, 0 * B, *rest], case.layout.key))
+        assert not torch.allclose(other, expected, rtol=0, atol=0.01 * expected.std().item())
     region = (2, 9, 3, 16)
     x, part = case.x[:, 3:], [A, B, case.x[:, 3:] @ A[:, 3:].t(), *rest]
     expected = ops.linear(x, None, case.base, case.delta, case.layout.part(region).key)

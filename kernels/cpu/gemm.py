@@ -21,8 +21,12 @@ from torch import Tensor
 _LONGEST_SUM = 1024
 
 
-def product(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def product(
+    left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
+) -> Tensor:
     """left @ right + bias [M, N] of left [M, K], right [K, N] and bias [N], all of one dtype; in `out` (any strides) if given.
+
+    `add`: to what `out` holds, in low precision; the sums start from there and are rounded once.
 
     `right` may be given as its rows in `blocks(K)`, which spares a copy where they do not lie like that in one tensor.
     Not differentiable where `out` is given or oneDNN is used: for the bodies of operators.
@@ -32,6 +36,10 @@ def product(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None 
         return made if out is None else out.copy_(made)
     if not isinstance(right, Tensor):
         right = torch.cat(list(right))
+    if add:
+        assert out is not None
+        torch.addmm(out, left, right, out=out)
+        return out if bias is None else out.add_(bias)
     if bias is None:
         return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
     return torch.addmm(bias, left, right) if out is None else torch.addmm(bias, left, right, out=out)

@@ -32,5 +32,7 @@
 #include "few_beside.cpp"
 #include "few_fourbit.cpp"
 #include "few.cpp"
-#include "spmm.cpp"
+#include "terms_panel.cpp"
+#include "terms_low_rank.cpp"
+#include "terms.cpp"
 #include "topk.cpp"

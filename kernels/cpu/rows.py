@@ -71,11 +71,30 @@ class Source:
         if failed:
             raise MemoryError(f"no scratch memory for a row of {region[3] - region[2]} weights")
 
-    def add_sparse(self, region: Region, x: Tensor, out: Tensor, transposed: bool) -> None:
-        """out [M, rows] += x [M, columns] times the transpose of that part of S alone; x [M, rows] and out [M, columns] with
-        S itself if `transposed`. Summed in float32, and added with one rounding. x of any strides, rows of out adjacent
-        elements; float32, bfloat16 or float16. Raises as `write`."""
-        failed = self._library.rosa_spmm(
+    def terms(
+        self,
+        region: Region,
+        x: Tensor,
+        out: Tensor,
+        transposed: bool,
+        pair: tuple[Tensor, Tensor, float] | None = None,
+        left: Tensor | None = None,
+    ) -> None:
+        """out [M, rows] = x [M, columns] times the transpose of that part of S alone; x [M, rows] and out [M, columns] with
+        S itself if `transposed`. `pair`: A [R, columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added, or s (x B) A if
+        `transposed`; `left` [M, R], where given, is x Aᵀ or s (x B). Summed in float32 and rounded once. x of any
+        strides, rows of out and of left adjacent elements; float32, bfloat16 or float16. Raises as `write`."""
+        factors: tuple[Any, ...] = (0, None, 0, 0, None, 0, 0, None, 0, 0, 0.0)
+        if pair is not None and pair[0].numel() and pair[1].numel():
+            A, B, scale = pair[0].float(), pair[1].float().t(), pair[2]
+            inner, outer = (B, A) if transposed else (A, B)  # [R, inputs] and [R, outputs]
+            factors = (len(A), *_by_column(inner), *_by_column(outer))
+            if left is None:
+                factors += (None, 0, 0, scale)
+            else:
+                left = left if left.stride(1) == 1 else left.contiguous()
+                factors += (left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0), 1.0 if transposed else scale)
+        failed = self._library.rosa_terms(
             ctypes.byref(self._rows),
             *region,
             transposed,
@@ -86,10 +105,11 @@ class Source:
             out.data_ptr(),
             sparse.DTYPES[out.dtype],
             out.stride(0),
+            *factors,
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no scratch memory for the sparse entries of {region[1] - region[0]} rows")
+            raise MemoryError(f"no scratch memory for 64 rows of {x.shape[1]} elements and their sparse entries")
 
     def few(self, region: Region, x: Tensor, out: Tensor, pair: tuple[Tensor, Tensor, float] | None = None) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, summed in float32 and rounded once.
@@ -120,6 +140,11 @@ class Source:
             raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
 
 
+def _by_column(matrix: Tensor) -> tuple[int, int, int]:
+    """Address of a matrix, elements from column to column, and from row to row."""
+    return matrix.data_ptr(), matrix.stride(1), matrix.stride(0)
+
+
 def _wide(matrix: Tensor) -> Tensor:
     """In float32, the elements of a row adjacent."""
     wide = matrix.float()
@@ -131,8 +156,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.rosa_write_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i32, i64, i64, i64, i32]
     library.rosa_write_rows.restype = i32
-    library.rosa_spmm.argtypes = [ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64, i32]
-    library.rosa_spmm.restype = i32
+    library.rosa_terms.argtypes = [
+        *(ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64),
+        *(i64, ptr, i64, i64, ptr, i64, i64, ptr, i32, i64, ctypes.c_float, i32),
+    ]
+    library.rosa_terms.restype = i32
     library.rosa_few_rows.argtypes = [
         *(ptr, i64, i64, i64, i64, ptr, i32, i64, i64, ptr, i32, i64),
         *(ptr, i64, ptr, i64, i64, ctypes.c_float, i32),

@@ -91,6 +91,10 @@ class Term(ABC):
         """(A [R, K], B [N, R], s) where the term is s·B A: kernels then add its product to theirs."""
         return None
 
+    def thin(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The left factor of `factors` [M, R] where it is among the tensors, so that nobody has to compute it."""
+        return None
+
     def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
         """The tensors of the term for that part of the weight, as views (terms without `folds`)."""
         raise AssertionError(f"term {self.kind!r} folds into the weight and is cut with it")

@@ -33,6 +33,9 @@ class LowRankGiven(LowRank):
     def cut(self, tensors: Sequence[Tensor], region: Region) -> Sequence[Tensor]:
         return [*super().cut(tensors[:2], region), tensors[2]]
 
+    def thin(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[2]
+
     def factors(self, x: Tensor, tensors: Sequence[Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
         A, B, product = tensors
         return product, A.to(x.dtype) if transposed else self._scaled(B, x.dtype).t()
