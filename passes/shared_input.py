@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+import rosa_fx.kernels.thin_ops  # noqa: F401  (registers the operators)
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
@@ -38,6 +39,8 @@ _ROW_MAJOR = {aten.view.default, aten.reshape.default, aten._unsafe_view.default
 _SAME = SAME_ELEMENTS - {aten._to_copy.default, convert}
 # Rows where capture knows no number.
 _MANY = 4096
+# Elements of the activations from which on a product outweighs the call of an operator that Python implements.
+_OWN_ELEMENTS = 1 << 17
 
 
 def stacking_pays(rows: int, ranks: Sequence[int]) -> bool:
@@ -216,7 +219,11 @@ def _thin_products(graph: Graph, layers: list[Layer], shared: Shared) -> dict[tu
 
 def _thin(graph: Graph, source: Node, rows: Node, user: Node) -> Node:
     """source rowsᵀ [M, R]."""
-    node = emit(graph, aten.mm.default, _flat(graph, source), emit(graph, aten.permute.default, rows, [1, 0]))
+    flat = _flat(graph, source)
+    if _by_own_kernels(flat):
+        node = emit(graph, ops.thin_product.default, flat, rows)
+    else:
+        node = emit(graph, aten.mm.default, flat, emit(graph, aten.permute.default, rows, [1, 0]))
     # Marks of checkpointing, above all: it is computed again where its user is.
     node.meta.update({k: v for k, v in user.meta.items() if k not in ("val", "tensor_meta")})
     return node
@@ -373,8 +380,17 @@ def _emit_gradients(graph: Graph, group: list[Gradient]) -> int:
 def _transposed_product(graph: Graph, thin: Node, gradient: Gradient) -> Node:
     """thinᵀ right for A [R, K], rightᵀ thin for B [N, R]."""
     right = _flat(graph, gradient.right)
+    if _by_own_kernels(right):
+        return emit(graph, ops.thin_gradient.default, thin, right, not gradient.of_a)
     left, right = (thin, right) if gradient.of_a else (right, thin)
     return emit(graph, aten.mm.default, emit(graph, aten.permute.default, left, [1, 0]), right)
+
+
+def _by_own_kernels(node: Node) -> bool:
+    """Whether `kernels/thin_ops.py` has the faster product for activations [M, K] like that, not the vendor."""
+    val = value(node)
+    assert val is not None
+    return val.device.type == "cpu" and val.dtype == torch.float32 and _rows(node) * int(val.shape[-1]) >= _OWN_ELEMENTS
 
 
 def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:

@@ -35,4 +35,5 @@
 #include "terms_panel.cpp"
 #include "terms_low_rank.cpp"
 #include "terms.cpp"
+#include "thin.cpp"
 #include "topk.cpp"
