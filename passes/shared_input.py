@@ -6,7 +6,8 @@
     linear_grads_q(.., x), .._k, .._v      -> [V_q, V_k, V_v]ᵀ x, and each takes its rows
 
 Weights stored [in, out] have the roles of A and B exchanged; the rule is the same. Gradients become plain products, which
-Inductor sees; what else a layer collects stays in its `linear_grads`, and what nobody asks for is dropped.
+Inductor sees, or on the CPU in float32 those of `kernels/thin_ops.py`; what else a layer collects stays in its `linear_grads`,
+and what nobody asks for is dropped.
 
 Kept for the backward pass: U [M, R] for each layer, R / K of the size of x.
 """
