@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_fx.errors import RosaError
 from rosa_fx.kernels import inductor
+from rosa_fx.kernels.cpu.gradient import check_sum
 from rosa_fx.kernels.product import AMD
 from rosa_fx.kernels.tiling import gradient_tiles
 
@@ -71,12 +71,8 @@ def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor, *, squared: bool) 
     total [N, K] float32 with adjacent columns, dy [M, N], x [M, K]; float32 sums, the same bits every time; nothing is
     allocated and the host waits for nothing. Raises RosaError for a total that does not fit.
     """
+    check_sum(total, dy, x)
     m, n, k = dy.shape[0], dy.shape[1], x.shape[1]
-    if total.dtype != torch.float32 or total.shape != (n, k) or (k > 1 and total.stride(1) != 1):
-        raise RosaError(
-            f"add_weight_gradient: total must be float32 {[n, k]} with adjacent columns, got {total.dtype} "
-            f"{list(total.shape)} with strides {list(total.stride())}"
-        )
     capability = AMD if torch.version.hip is not None else inductor.capability(x.device)
     constants = constants_of(n, k, m, x.dtype, capability, wide=max(map(_reach, (total, dy, x))) >= 2**31)
     grid = (-(n // -constants["BLOCK_N"]) * -(k // -constants["BLOCK_K"]),)

@@ -9,6 +9,7 @@ import torch
 from allocations import Allocations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_layouts import laid_out
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
@@ -29,20 +30,6 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same matrix in another memory layout."""
-    if layout == "columns":
-        return values.t().contiguous().t()
-    if layout == "strided":
-        wide = torch.full((values.shape[0] * 2, values.shape[1] * 3 + 1), float("nan"), dtype=values.dtype)
-        view = wide[::2, 1::3]
-        view.copy_(values)
-        return view
-    if layout == "expanded":
-        return values[:1].expand(values.shape[0], -1)
-    return values
 
 
 def plain(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

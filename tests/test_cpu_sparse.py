@@ -14,6 +14,7 @@ import torch
 from allocations import Allocations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_layouts import laid_out
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
@@ -45,20 +46,6 @@ def random_mask(rows: int, columns: int, density: float, clustered: bool, genera
     offsets = torch.zeros(rows + 1, dtype=torch.int32)
     offsets[1:] = dense.sum(1).cumsum(0)
     return offsets, dense.nonzero()[:, 1].to(torch.int32)
-
-
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same matrix in another memory layout."""
-    if layout == "columns":
-        return values.t().contiguous().t()
-    if layout == "strided":
-        wide = torch.full((values.shape[0] * 2, values.shape[1] * 3 + 1), float("nan"), dtype=values.dtype)
-        view = wide[::2, 1::3]
-        view.copy_(values)
-        return view
-    if layout == "expanded":
-        return values[:1].expand(values.shape[0], -1)
-    return values
 
 
 def plain_sddmm(dy: Tensor, x: Tensor, offsets: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:

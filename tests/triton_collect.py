@@ -5,10 +5,6 @@ Run by `test_triton_gradients.py`. Buffers start as NaN. Every element is compar
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,39 +13,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from triton_layers import kernels, operator_calls
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("triton_cpu")
-
-import rosa_fx  # noqa: E402
-from rosa_fx.errors import RosaError  # noqa: E402
-from rosa_fx.kernels import gradients, lowering, ops, triton_accumulate  # noqa: E402
-from rosa_fx.kernels.bases.base import base_format  # noqa: E402
-from rosa_fx.kernels.layout import Layout  # noqa: E402
-from rosa_fx.kernels.terms import collect  # noqa: E402
-from rosa_fx.kernels.terms.collect import CollectTopK  # noqa: E402
-from rosa_fx.kernels.terms.registry import term  # noqa: E402
+import rosa_fx
+from rosa_fx.errors import RosaError
+from rosa_fx.kernels import gradients, lowering, ops, triton_accumulate
+from rosa_fx.kernels.bases.base import base_format
+from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms import collect
+from rosa_fx.kernels.terms.collect import CollectTopK
+from rosa_fx.kernels.terms.registry import term
 
 lowering.register()
 EPS = 2.0**-24
-
-
-def kernels(code: str) -> list[str]:
-    return re.findall(r"^def (triton_\w+)\(", code, re.MULTILINE)
-
-
-def operator_calls(code: str) -> list[str]:
-    """Names of the operators that generated code calls."""
-    return [name.rsplit(".", 1)[0] for name in re.findall(r"torch\.ops\.rosa_fx\.([\w.]*)\(", code)]
 
 
 def exact_and_bound(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,7 @@ Buffers start as NaN. Every element is compared with float64 under the bound of 
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,24 +14,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from triton_layers import kernels, operator_calls
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("triton_cpu")
-
-from rosa_fx.kernels import inductor, lower_grads, lowering, ops  # noqa: E402
-from rosa_fx.kernels.bases.base import base_format  # noqa: E402
-from rosa_fx.kernels.layout import Layout  # noqa: E402
-from rosa_fx.kernels.terms.registry import term  # noqa: E402
-from rosa_fx.mask import Mask  # noqa: E402
+from rosa_fx.kernels import inductor, lower_grads, lowering, ops
+from rosa_fx.kernels.bases.base import base_format
+from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms.registry import term
+from rosa_fx.mask import Mask
 
 lowering.register()
 SCALE = 1.3
@@ -150,17 +135,9 @@ def check(case: Case, **options: Any) -> str:
     return code
 
 
-def kernels(code: str) -> list[str]:
-    return re.findall(r"^def (triton_\w+)\(", code, re.MULTILINE)
-
-
 def lowered(code: str) -> bool:
     """Nothing of the operator is called, and the sampled product is the template's."""
     return not operator_calls(code) and sum("_tem_" in name for name in kernels(code)) == 1
-
-
-def operator_calls(code: str) -> list[str]:
-    return re.findall(r"torch\.ops\.rosa_fx[\w.]*\(", code)
 
 
 SIZES = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 61])

@@ -6,16 +6,14 @@ element by element under the bound of rounding analysis; larger ones under the e
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton_cpu  # noqa: F401  (what Inductor generates for the CPU is executed from here on)
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -25,17 +23,6 @@ from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.registry import term
 from rosa_fx.mask import Mask
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("triton_cpu")
 lowering.register()
 
 FORMATS = {
@@ -173,6 +160,11 @@ def check(layer: Layer, **options: Any) -> str:
 def kernels(code: str) -> list[str]:
     """Names of the Triton kernels that generated code defines."""
     return re.findall(r"^def (triton_\w+)\(", code, re.MULTILINE)
+
+
+def operator_calls(code: str) -> list[str]:
+    """Names of the operators that generated code calls."""
+    return [name.rsplit(".", 1)[0] for name in re.findall(r"torch\.ops\.rosa_fx\.([\w.]*)\(", code)]
 
 
 def calls(code: str, prefix: str) -> list[str]:

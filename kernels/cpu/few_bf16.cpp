@@ -2,7 +2,6 @@
 #if defined(FEW_FOUR_BIT) && defined(__AVX512BF16__)
 namespace {
 
-
 // Columns j and j + 1 of the words of a chunk.
 INLINE __m512bh decoded_pairs(__m512i codes, int j, __m512 table, __m512 scale) {
   const __m512 a = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, code_shift(j)), table);

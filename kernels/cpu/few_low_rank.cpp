@@ -51,11 +51,11 @@ struct FewOutput {  // [M, N]
   void* y;
   int dtype;
   int64_t stride;
-  INLINE void put_at(void* y, int dtype, int64_t at, float v) {
+  void put(int64_t m, int64_t n, float v) const {
+    const int64_t at = m * stride + n;
     if (dtype == F32) static_cast<float*>(y)[at] = v;
     else static_cast<uint16_t*>(y)[at] = dtype == BF16 ? BFloat::narrow(v) : Half::narrow(v);
   }
-  void put(int64_t m, int64_t n, float v) const { put_at(y, dtype, m * stride + n, v); }
 };
 
 void few_row(const FewInput& input, int64_t m, const LowRankPart& part) {

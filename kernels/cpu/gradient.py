@@ -41,6 +41,16 @@ def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor, *, squared: bool) 
     total [N, K] float32, rows apart by any pitch, elements of a row adjacent; dy and x as for `weight_gradient`. Of the size
     of `total` nothing else is made. Raises as `weight_gradient`, and RosaError for another kind of total.
     """
+    check_sum(total, dy, x)
+    library = native(total, dy, x)
+    if library is None:
+        _add_torch(total, dy, x, squared)
+    else:
+        _run(library, dy, x, total, _ADD_SQUARE if squared else _ADD)
+
+
+def check_sum(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """Raises RosaError unless dyᵀ x can be added to `total` in place."""
     _check(dy, x)
     wanted = (dy.shape[1], x.shape[1])
     if total.dtype != torch.float32 or total.shape != wanted or (wanted[1] > 1 and total.stride(1) != 1):
@@ -48,11 +58,6 @@ def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor, *, squared: bool) 
             f"add_weight_gradient: total must be float32 {list(wanted)} with adjacent columns, got {total.dtype} "
             f"{list(total.shape)} with strides {list(total.stride())}"
         )
-    library = native(total, dy, x)
-    if library is None:
-        _add_torch(total, dy, x, squared)
-    else:
-        _run(library, dy, x, total, _ADD_SQUARE if squared else _ADD)
 
 
 def _check(dy: Tensor, x: Tensor) -> None:

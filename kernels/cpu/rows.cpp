@@ -104,12 +104,7 @@ void decode_row(const Rows& s, int64_t r, int64_t c0, int64_t c1, float* dst) {
   int64_t j = s.row_offsets[r];
   const int64_t end = s.row_offsets[r + 1];
   if (c0 > 0) j = std::lower_bound(s.cols + j, s.cols + end, int32_t(c0)) - s.cols;
-  for (; j < end && s.cols[j] < c1; ++j) {
-    const uint32_t bits = s.values_dtype == F32 ? static_cast<const uint32_t*>(s.values)[j]
-                          : s.values_dtype == BF16 ? BFloat::widen(static_cast<const uint16_t*>(s.values)[j])
-                                                   : Half::widen(static_cast<const uint16_t*>(s.values)[j]);
-    dst[s.cols[j] - c0] += bits_float(bits);
-  }
+  for (; j < end && s.cols[j] < c1; ++j) dst[s.cols[j] - c0] += element(s.values, s.values_dtype, j);
 }
 
 void narrow_bf16(const float* from, int64_t n, uint16_t* to) {  // as BFloat::narrow

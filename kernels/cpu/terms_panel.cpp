@@ -4,12 +4,6 @@ namespace {
 constexpr int TILE_ROWS = 64, GROUPS = TILE_ROWS / VL;
 constexpr int BLOCK = 32;  // outputs whose sums are made before they are written: a cache line of bf16
 
-float element(const void* data, int64_t dtype, int64_t i) {
-  return bits_float(dtype == F32 ? static_cast<const uint32_t*>(data)[i]
-                    : dtype == BF16 ? BFloat::widen(static_cast<const uint16_t*>(data)[i])
-                                    : Half::widen(static_cast<const uint16_t*>(data)[i]));
-}
-
 // The TILE_ROWS values of column c of a panel; PACKED: of pairs of bf16, as the transposition makes them.
 template <bool PACKED>
 INLINE void unpack(const uint32_t* panel, int64_t c, vf* column) {

@@ -91,6 +91,13 @@ struct Half : Half16 {
   }
 };
 
+// Element i of a tensor of that dtype.
+INLINE float element(const void* data, int64_t dtype, int64_t i) {
+  return bits_float(dtype == F32 ? static_cast<const uint32_t*>(data)[i]
+                    : dtype == BF16 ? BFloat::widen(static_cast<const uint16_t*>(data)[i])
+                                    : Half::widen(static_cast<const uint16_t*>(data)[i]));
+}
+
 // ---- per-thread scratch, kept between calls: fresh large blocks would be page-faulted in every time ---------------
 
 class Scratch {
