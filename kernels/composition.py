@@ -9,7 +9,8 @@ Cost of a product of M rows with a weight [N, K], over that of the GEMM of a fro
     dy W          the GEMM of low precision reads its right operand down the rows: it is slower by a tenth where these are
                   long. So the tile is a row of panels, each narrow and by itself, filled in one pass over the weight.
     terms first   where the GEMM is in low precision, in which S would be lost: its sums start from x Sᵀ and a thin low-rank
-                  product in float32, M·(nnz + R·(N + K)) multiply-adds and M·(K + N) elements (`cpu/terms.cpp`).
+                  product in float32, M·(nnz + R·(N + K)) multiply-adds and M·(K + N) elements (`cpu/terms.cpp`). In
+                  the backward pass dS comes with dy S for M·nnz more and M·K elements, not for M·(K + N) and a gather.
     whole         the weight dequantised, N·K elements written and read; S scattered into it.
     low rank      x Aᵀ and (x Aᵀ) Bᵀ: R·(1/N + 1/K) of the GEMM's operations, and one pass over y.
 
@@ -55,8 +56,31 @@ def product(
     x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
 ) -> Tensor:
     """x Wᵀ + b [*, N] of x [*, K], or x W + b [*, K] of x [*, N] if `transposed`, in x's dtype, for the layout's part of W."""
+    return _product(x, None, bias, base, delta, parsed, transposed)[0]
+
+
+def product_with_grad(
+    x: Tensor, other: Tensor, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`product` without a bias, and the gradient [nnz] float32 of the values of its sparse term, out of one pass over x.
+
+    `other`, of the shape of the product, is the other factor of the weight gradient. The gradient is None, and nothing of it
+    computed, where the product does not start from its terms, or of a part of a weight.
+    """
+    return _product(x, other, None, base, delta, parsed, transposed)
+
+
+def _product(
+    x: Tensor,
+    other: Tensor | None,
+    bias: Tensor | None,
+    base: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    parsed: Layout,
+    transposed: bool,
+) -> tuple[Tensor, Tensor | None]:
     if parsed.stack > 1:
-        return _stacked_product(x, bias, base, delta, parsed, transposed)
+        return _stacked_product(x, bias, base, delta, parsed, transposed), None
     terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
     folded = [(item, tensors) for item, tensors in terms if item.folds]
     beside = [
@@ -68,7 +92,7 @@ def product(
     source = _source(x, base, folded, parsed)
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
         out = _few(flat, bias, source, beside, parsed)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out.view(*x.shape[:-1], out.shape[-1]), None
     first = source if folded and _is_low(x) else None
     if first is not None:
         folded = []
@@ -77,16 +101,19 @@ def product(
     if not folded and _starts_with_low_rank(x, beside, source is None, first is not None):
         first = first or rows.source(parsed.shape, parsed.base.stored(base), None)
         low_rank = beside.pop(0) if first is not None else None
-    begin = None
+    begin = gradient = None
     if first is not None:
         begin = x.new_empty(flat.shape[0], parsed.out_shape[1 if transposed else 0])
         pair, left = (None, None) if low_rank is None else (low_rank[0].pair(low_rank[1]), low_rank[0].thin(low_rank[1]))
-        first.terms(_region(parsed), flat, begin, transposed, pair, left)
+        joined = None
+        if other is not None and first.nnz and parsed.region is None and other.dtype == x.dtype:
+            joined = other if other.dim() == 2 else other.reshape(-1, other.shape[-1])
+        gradient = first.terms(_region(parsed), flat, begin, transposed, pair, left, joined)
     if source is None:
         out = _whole(flat, bias, base, folded, beside, parsed, transposed, begin)
     else:
         out = _tiled(flat, bias, source, beside, parsed, transposed, begin)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out.view(*x.shape[:-1], out.shape[-1]), gradient
 
 
 def _stacked_product(
@@ -132,6 +159,11 @@ def _source(x: Tensor, base: Sequence[Tensor], folded: _Weighted, layout: Layout
 def _is_low(x: Tensor) -> bool:
     """Whether the product is computed in low precision by the CPU, which then takes sums that start from the terms."""
     return x.device.type == "cpu" and x.dtype in _LOW and native(x.dtype)
+
+
+def starts_from_terms(x: Tensor, rows: int) -> bool:
+    """Whether a product of so many rows like x is one that `product_with_grad` gets more out of."""
+    return _is_low(x) and rows > FEW_ROWS
 
 
 def _starts_with_low_rank(x: Tensor, beside: _Weighted, whole: bool, started: bool) -> bool:

@@ -3,7 +3,7 @@
 The joint graph is ATen after autograd: every spelling of a linear is `mm`, `addmm`, `bmm` or `baddbmm` plus views, and
 the backward pass is plain algebra. Order: join what must be seen whole, fuse products (y and dx), fuse gradients,
 account for what is left. What is left stays right: the dense weight is computed for it, and the report says why. Last, products
-that share the ends of groups read them once, and layers with one input share what they have in common.
+that share the ends of groups read them once, layers with one input share what they have in common, and gradients join products.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
 from rosa_fx.passes.group_ends import read_ends_once
+from rosa_fx.passes.join_gradients import join_gradients
 from rosa_fx.passes.report import GraphReport, Use, weight_name
 from rosa_fx.passes.shared_input import share_inputs
 from rosa_fx.passes.split_cat import split_concatenations
@@ -105,6 +106,7 @@ def _share(graph: Graph, report: GraphReport, names: dict[Any, str]) -> None:
         if delta in names:
             report.uses[names[delta]].shared += 1
     graph.eliminate_dead_code()
+    report.joined = join_gradients(graph)
 
 
 def _rewrites() -> Iterator[tuple[Any, Callable[[Graph, Node], tuple[Node, str] | None]]]:

@@ -66,13 +66,14 @@ class GraphReport:
     """`uses` by weight name; `others`, products with other weights; counters of each rewrite over the whole graph.
 
     `shared`: products with the stacked matrices of several layers, thin products with several users, and gradients that are
-    parts of one product.
+    parts of one product. `joined`: gradients of sparse values that come out of a product of the backward pass.
     """
 
     uses: dict[str, Use] = field(default_factory=dict)
     others: list[Other] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: {"linear": 0, "linear_t": 0, "linear_grads": 0, "dense": 0})
     shared: dict[str, int] = field(default_factory=lambda: {"stacked": 0, "reused": 0, "gradients": 0})
+    joined: int = 0
 
     def use(self, name: str, layout: str) -> Use:
         return self.uses.setdefault(name, Use(name, layout))

@@ -14,7 +14,6 @@ Kept for the backward pass: U [M, R] for each layer, R / K of the size of x.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,16 +29,13 @@ from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.low_rank_given import LowRankGiven
 from rosa_fx.passes.fuse_linear import emit
 from rosa_fx.passes.order import dependents, hoist
-from rosa_fx.passes.views import SAME_ELEMENTS, is_getitem, is_view, value
+from rosa_fx.passes.rows import row_count, rows_identity
+from rosa_fx.passes.views import is_getitem, value
 
 aten = torch.ops.aten
 ops = torch.ops.rosa_fx
 convert = torch.ops.prims.convert_element_type.default
 
-_ROW_MAJOR = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim}
-_SAME = SAME_ELEMENTS - {aten._to_copy.default, convert}
-# Rows where capture knows no number.
-_MANY = 4096
 # Elements of the activations from which on a product outweighs the call of an operator that Python implements.
 _OWN_ELEMENTS = 1 << 17
 
@@ -147,12 +143,12 @@ def share_inputs(graph: Graph) -> Shared:
     made = _thin_products(graph, layers, shared)
     gradients: dict[Any, list[Gradient]] = defaultdict(list)
     for layer in layers:
-        products = [made.get((_identity(source), factor)) for source, factor in layer.products()]
+        products = [made.get((rows_identity(source), factor)) for source, factor in layer.products()]
         if layer.node.target is ops.linear_grads.default:
             # Without products neither A's nor B's gradient is asked for: they go.
             if not products or any(product is not None for product in products):
                 for gradient in _take_apart(graph, layer, made):
-                    gradients[gradient.of_a, _identity(gradient.right)].append(gradient)
+                    gradients[gradient.of_a, rows_identity(gradient.right)].append(gradient)
         elif products[0] is not None:
             _give(layer, products[0])
             shared.deltas.append(tuple(layer.delta))
@@ -191,16 +187,16 @@ def _thin_products(graph: Graph, layers: list[Layer], shared: Shared) -> dict[tu
     by_source: dict[Any, list[Factor]] = defaultdict(list)
     for layer in layers:
         for source, factor in layer.products():
-            identity = _identity(source)
+            identity = rows_identity(source)
             users[identity, factor].append((layer.node, source))
             if factor not in by_source[identity]:
                 by_source[identity].append(factor)
     made: dict[tuple[Any, Factor], Node] = {}
     for identity, factors in by_source.items():
         user, source = min(users[identity, factor][0] for factor in factors)
-        together = factors if stacking_pays(_rows(source), [factor.rank for factor in factors]) else []
+        together = factors if stacking_pays(row_count(source), [factor.rank for factor in factors]) else []
         together = [factor for factor in together if hoist([factor.matrix], user)]
-        if stacking_pays(_rows(source), [factor.rank for factor in together]):
+        if stacking_pays(row_count(source), [factor.rank for factor in together]):
             with graph.inserting_before(user):
                 rows = emit(graph, aten.cat.default, [factor.emit(graph) for factor in together])
                 stack = _thin(graph, source, rows, user)
@@ -237,50 +233,10 @@ def _give(layer: Layer, product: Node) -> None:
     layer.node.args = (*layer.node.args[:3], delta, replace(layer.layout, terms=terms).key)
 
 
-def _rows(source: Node) -> int:
-    """M, or what it is in the example that is captured."""
-    sizes = value(source).shape[:-1]  # type: ignore[union-attr]
-    return math.prod(size if isinstance(size, int) else size.node.hint or _MANY for size in sizes)
-
-
 def _flat(graph: Graph, node: Node) -> Node:
     val = value(node)
     assert val is not None
     return node if val.dim() == 2 else emit(graph, aten.reshape.default, node, [-1, int(val.shape[-1])])
-
-
-def _identity(node: Any) -> Any:
-    """Equal for nodes with the same rows, whatever their leading dimensions: views are told by what they do."""
-    while isinstance(node, Node):
-        parent = node.args[0] if node.args else None
-        if _keeps_rows(node):
-            node = parent
-        elif _turns(node) and _turns(parent):
-            node = parent.args[0]  # type: ignore[union-attr]
-        else:
-            break
-    if isinstance(node, Node):
-        if node.op != "call_function" or not (is_view(node) or node.target in SAME_ELEMENTS):
-            return node
-        return (node.target, *map(_identity, node.args), *((name, _identity(arg)) for name, arg in node.kwargs.items()))
-    return tuple(map(_identity, node)) if isinstance(node, (list, tuple)) else node
-
-
-def _keeps_rows(node: Node) -> bool:
-    if node.op != "call_function" or not (node.target in _ROW_MAJOR or node.target in _SAME):
-        return False
-    before, after = value(node.args[0]), value(node)
-    if before is None or after is None or not (before.dim() and after.dim()):
-        return False
-    return bool(before.shape[-1] == after.shape[-1])
-
-
-def _turns(node: Any) -> bool:
-    """Whether the last two dimensions change places, and nothing else."""
-    if not isinstance(node, Node) or node.target is not aten.permute.default:
-        return False
-    dims = [dim % len(node.args[1]) for dim in node.args[1]]  # type: ignore[arg-type, operator, union-attr]
-    return len(dims) > 1 and dims == [*range(len(dims) - 2), len(dims) - 1, len(dims) - 2]
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------
@@ -328,7 +284,7 @@ def _take_apart(graph: Graph, layer: Layer, made: dict[tuple[Any, Factor], Node]
     found: list[Gradient] = []
     with graph.inserting_before(layer.node):
         for source, factor in layer.products():
-            name = _identity(source), factor
+            name = rows_identity(source), factor
             if name not in made:
                 made[name] = _thin(graph, source, factor.emit(graph), layer.node)
             of_a = factor.scale is not None
@@ -391,7 +347,7 @@ def _by_own_kernels(node: Node) -> bool:
     """Whether `kernels/thin_ops.py` has the faster product for activations [M, K] like that, not the vendor."""
     val = value(node)
     assert val is not None
-    return val.device.type == "cpu" and val.dtype == torch.float32 and _rows(node) * int(val.shape[-1]) >= _OWN_ELEMENTS
+    return val.device.type == "cpu" and val.dtype == torch.float32 and row_count(node) * int(val.shape[-1]) >= _OWN_ELEMENTS
 
 
 def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:

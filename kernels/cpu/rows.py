@@ -49,8 +49,10 @@ class Source:
             self._rows.scales = stored.scales.data_ptr()
         if stored.table is not None:
             self._rows.table = stored.table.data_ptr()
+        self.nnz = 0
         if csr is not None:
             values, row_offsets, cols = csr
+            self.nnz = values.numel()
             self._rows.values, self._rows.values_dtype = values.data_ptr(), sparse.DTYPES[values.dtype]
             self._rows.row_offsets, self._rows.cols = row_offsets.data_ptr(), cols.data_ptr()
 
@@ -79,11 +81,15 @@ class Source:
         transposed: bool,
         pair: tuple[Tensor, Tensor, float] | None = None,
         left: Tensor | None = None,
-    ) -> None:
+        other: Tensor | None = None,
+    ) -> Tensor | None:
         """out [M, rows] = x [M, columns] times the transpose of that part of S alone; x [M, rows] and out [M, columns] with
         S itself if `transposed`. `pair`: A [R, columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added, or s (x B) A if
         `transposed`; `left` [M, R], where given, is x Aᵀ or s (x B). Summed in float32 and rounded once. x of any
-        strides, rows of out and of left adjacent elements; float32, bfloat16 or float16. Raises as `write`."""
+        strides, rows of out and of left adjacent elements; float32, bfloat16 or float16. Raises as `write`.
+
+        `other`, like out in shape and like x in dtype, asks for the gradient of S's values as well, [nnz] float32: for each
+        the sum over M of x and `other` in its column and row. The region has to be the whole weight then."""
         factors: tuple[Any, ...] = (0, None, 0, 0, None, 0, 0, None, 0, 0, 0.0)
         if pair is not None and pair[0].numel() and pair[1].numel():
             A, B, scale = pair[0].float(), pair[1].float().t(), pair[2]
@@ -94,6 +100,11 @@ class Source:
             else:
                 left = left if left.stride(1) == 1 else left.contiguous()
                 factors += (left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0), 1.0 if transposed else scale)
+        gradient = None
+        if other is not None:
+            assert region == (0, self._rows.N, 0, self._rows.K)
+            assert other.dtype == x.dtype
+            gradient = torch.empty(self.nnz, dtype=torch.float32)
         failed = self._library.rosa_terms(
             ctypes.byref(self._rows),
             *region,
@@ -106,10 +117,12 @@ class Source:
             sparse.DTYPES[out.dtype],
             out.stride(0),
             *factors,
+            *((None, 0, 0, None) if other is None or gradient is None else _gradient(other, gradient)),
             torch.get_num_threads(),
         )
         if failed:
             raise MemoryError(f"no scratch memory for 64 rows of {x.shape[1]} elements and their sparse entries")
+        return gradient
 
     def few(self, region: Region, x: Tensor, out: Tensor, pair: tuple[Tensor, Tensor, float] | None = None) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, summed in float32 and rounded once.
@@ -145,6 +158,10 @@ def _by_column(matrix: Tensor) -> tuple[int, int, int]:
     return matrix.data_ptr(), matrix.stride(1), matrix.stride(0)
 
 
+def _gradient(other: Tensor, gradient: Tensor) -> tuple[int, int, int, int]:
+    return other.data_ptr(), other.stride(0), other.stride(1), gradient.data_ptr()
+
+
 def _wide(matrix: Tensor) -> Tensor:
     """In float32, the elements of a row adjacent."""
     wide = matrix.float()
@@ -158,7 +175,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rosa_write_rows.restype = i32
     library.rosa_terms.argtypes = [
         *(ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64),
-        *(i64, ptr, i64, i64, ptr, i64, i64, ptr, i32, i64, ctypes.c_float, i32),
+        *(i64, ptr, i64, i64, ptr, i64, i64, ptr, i32, i64, ctypes.c_float),
+        *(ptr, i64, i64, ptr, i32),
     ]
     library.rosa_terms.restype = i32
     library.rosa_few_rows.argtypes = [
