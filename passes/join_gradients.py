@@ -40,19 +40,19 @@ def join_gradients(graph: Graph) -> int:
             assert val is not None
             if node in backward and tensors is not None and bias is None and composition.starts_from_terms(val, row_count(x)):
                 products[transposed, rows_identity(x), tensors] = node
-    joined = 0
+    pairs: list[tuple[Node, Node, bool]] = []
     for node in graph.find_nodes(op="call_function", target=ops.linear_grads.default) if products else ():
         dy, x, delta, key = node.args
         tensors = _sparse(delta, str(key))
         if tensors is None or len(Layout.parse(str(key)).terms) > 1:
             continue
-        for transposed, source, other in ((True, dy, x), (False, x, dy)):
-            name = transposed, rows_identity(source), tensors
-            if name in products and _join(graph, products[name], node, other, transposed):
-                del products[name]
-                joined += 1
+        for transposed, source in ((True, dy), (False, x)):
+            product = products.pop((transposed, rows_identity(source), tensors), None)
+            if product is not None:
+                pairs.append((product, node, transposed))
                 break
-    return joined
+    # Only now: identities are told by nodes, which go.
+    return sum(_join(graph, *pair) for pair in pairs)
 
 
 def _backward(graph: Graph) -> set[Node]:
@@ -71,8 +71,9 @@ def _sparse(delta: Any, key: str) -> tuple[Node, ...] | None:
     return tuple(found[0]) if len(found) == 1 and layout.region is None and layout.stack == 1 else None  # type: ignore[arg-type]
 
 
-def _join(graph: Graph, product: Node, grads: Node, other: Any, transposed: bool) -> bool:
+def _join(graph: Graph, product: Node, grads: Node, transposed: bool) -> bool:
     x: Any = product.args[0]
+    other: Any = grads.args[1 if transposed else 0]
     if value(other).dtype != value(x).dtype or not hoist([other], product):  # type: ignore[union-attr]
         return False
     with graph.inserting_before(product):
