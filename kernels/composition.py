@@ -10,7 +10,7 @@ Cost of a product of M rows with a weight [N, K], over that of the GEMM of a fro
                   long. So the tile is a row of panels, each narrow and by itself, filled in one pass over the weight.
     terms first   where the GEMM is in low precision, in which S would be lost: its sums start from x Sᵀ and a thin low-rank
                   product in float32, M·(nnz + R·(N + K)) multiply-adds and M·(K + N) elements (`cpu/terms.cpp`). In
-                  the backward pass dS comes with dy S for M·nnz more and M·K elements, not for M·(K + N) and a gather.
+                  the backward pass dS, dA and dB come with dy S for M·(nnz + R·(N + K)) more and M·K elements.
     whole         the weight dequantised, N·K elements written and read; S scattered into it.
     low rank      x Aᵀ and (x Aᵀ) Bᵀ: R·(1/N + 1/K) of the GEMM's operations, and one pass over y.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,35 +53,41 @@ _Weighted = list[tuple[Term, Sequence[Tensor]]]
 _Pairs = list[tuple[Tensor, Tensor]]
 
 
+class Joined(NamedTuple):
+    """A product, and what else was made in its pass over x: the thin product `left` [M, R], gradients of the delta."""
+
+    out: Tensor
+    left: Tensor | None = None
+    gradients: Sequence[Tensor] = ()
+
+
 def product(
     x: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
 ) -> Tensor:
     """x Wᵀ + b [*, N] of x [*, K], or x W + b [*, K] of x [*, N] if `transposed`, in x's dtype, for the layout's part of W."""
-    return _product(x, None, bias, base, delta, parsed, transposed)[0]
+    return joined_product(x, bias, base, delta, parsed, transposed).out
 
 
-def product_with_grad(
-    x: Tensor, other: Tensor, base: Sequence[Tensor], delta: Sequence[Tensor], parsed: Layout, transposed: bool
-) -> tuple[Tensor, Tensor | None]:
-    """`product` without a bias, and the gradient [nnz] float32 of the values of its sparse term, out of one pass over x.
-
-    `other`, of the shape of the product, is the other factor of the weight gradient. The gradient is None, and nothing of it
-    computed, where the product does not start from its terms, or of a part of a weight.
-    """
-    return _product(x, other, None, base, delta, parsed, transposed)
-
-
-def _product(
+def joined_product(
     x: Tensor,
-    other: Tensor | None,
     bias: Tensor | None,
     base: Sequence[Tensor],
     delta: Sequence[Tensor],
     parsed: Layout,
     transposed: bool,
-) -> tuple[Tensor, Tensor | None]:
+    *,
+    left: bool = False,
+    other: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Joined:
+    """`product`, with more out of its pass over x, where it makes one: where it starts from the terms, of a whole weight.
+
+    `left` asks for s x Aᵀ, or s x B if `transposed`, [M, R] in x's dtype. `other`, of the shape of the product and like x in
+    dtype, is the second factor of the weight gradient, and asks for the gradient of the sparse values, [nnz] float32; with
+    `kept`, which is the `left` of the product with `other`, those of A and of B follow. What cannot be had is left out.
+    """
     if parsed.stack > 1:
-        return _stacked_product(x, bias, base, delta, parsed, transposed), None
+        return Joined(_stacked_product(x, bias, base, delta, parsed, transposed))
     terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
     folded = [(item, tensors) for item, tensors in terms if item.folds]
     beside = [
@@ -92,7 +99,7 @@ def _product(
     source = _source(x, base, folded, parsed)
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
         out = _few(flat, bias, source, beside, parsed)
-        return out.view(*x.shape[:-1], out.shape[-1]), None
+        return Joined(out.view(*x.shape[:-1], out.shape[-1]))
     first = source if folded and _is_low(x) else None
     if first is not None:
         folded = []
@@ -101,19 +108,25 @@ def _product(
     if not folded and _starts_with_low_rank(x, beside, source is None, first is not None):
         first = first or rows.source(parsed.shape, parsed.base.stored(base), None)
         low_rank = beside.pop(0) if first is not None else None
-    begin = gradient = None
+    begin = made = None
+    gradients: Sequence[Tensor] = ()
     if first is not None:
         begin = x.new_empty(flat.shape[0], parsed.out_shape[1 if transposed else 0])
-        pair, left = (None, None) if low_rank is None else (low_rank[0].pair(low_rank[1]), low_rank[0].thin(low_rank[1]))
-        joined = None
-        if other is not None and first.nnz and parsed.region is None and other.dtype == x.dtype:
-            joined = other if other.dim() == 2 else other.reshape(-1, other.shape[-1])
-        gradient = first.terms(_region(parsed), flat, begin, transposed, pair, left, joined)
+        pair, given = (None, None) if low_rank is None else (low_rank[0].pair(low_rank[1]), low_rank[0].thin(low_rank[1]))
+        if left and pair is not None:
+            made = x.new_empty(flat.shape[0], len(pair[0]))
+        if other is not None and (parsed.region is not None or other.dtype != x.dtype or not (first.nnz or pair)):
+            other = None
+        if other is not None:
+            other = other if other.dim() == 2 else other.reshape(-1, other.shape[-1])
+        gradients = first.terms(
+            _region(parsed), flat, begin, transposed, pair, given, made=made, other=other, kept=kept if pair else None
+        )
     if source is None:
         out = _whole(flat, bias, base, folded, beside, parsed, transposed, begin)
     else:
         out = _tiled(flat, bias, source, beside, parsed, transposed, begin)
-    return out.view(*x.shape[:-1], out.shape[-1]), gradient
+    return Joined(out.view(*x.shape[:-1], out.shape[-1]), made, gradients)
 
 
 def _stacked_product(
@@ -161,9 +174,9 @@ def _is_low(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _LOW and native(x.dtype)
 
 
-def starts_from_terms(x: Tensor, rows: int) -> bool:
-    """Whether a product of so many rows like x is one that `product_with_grad` gets more out of."""
-    return _is_low(x) and rows > FEW_ROWS
+def starts_from_terms(x: Tensor, rows: int, rank: int = 0) -> bool:
+    """Whether a product of so many rows like x, with S and a low-rank term of that rank, makes the pass of `joined_product`."""
+    return _is_low(x) and rows > FEW_ROWS and rank <= _FP32_RANK
 
 
 def _starts_with_low_rank(x: Tensor, beside: _Weighted, whole: bool, started: bool) -> bool:

@@ -54,6 +54,11 @@ def linear_t(dy: Tensor, bias: Tensor | None, base: Sequence[Tensor], delta: Seq
     return (out if bias is None else out + bias.to(dtype)).to(dy.dtype)
 
 
+def flat(x: Tensor) -> Tensor:
+    """Rows [M, K] of x [*, K]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def whole_factors(dy: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """dy [M, N] and x [M, K] for the whole weight: what belongs to a region is set into zeros."""
     if layout.region is None:
@@ -69,7 +74,7 @@ def whole_factors(dy: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor
 
 def linear_grads(dy: Tensor, x: Tensor, delta: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     dtype = accumulate_dtype(dy.dtype, x.dtype)
-    dy, x = whole_factors(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), layout)
+    dy, x = whole_factors(flat(dy), flat(x), layout)
     dW = dy.to(dtype).t() @ x.to(dtype)
     return materialize_backward(dW, delta, layout)
 

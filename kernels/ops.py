@@ -29,10 +29,6 @@ def on_capture(callback: Callable[[], None]) -> None:
         _on_capture.append(callback)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 def _own(out: Tensor) -> Tensor:
     """The same values as a tensor that autograd does not take for a view: it forbids changing a view in place (`y += b`)."""
     owned: Tensor = torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
@@ -92,7 +88,7 @@ def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], l
 @linear_grads.register_kernel(DEVICES)
 def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
     parsed = Layout.parse(layout)
-    dy, x = _flat(dy), _flat(x)
+    dy, x = definition.flat(dy), definition.flat(x)
     if parsed.stack > 1:
         numbers, regions = zip(*pieces_of_region(parsed))
         parts = dy.split([row_stop - row for row, row_stop, _, _ in regions], -1)

@@ -1,24 +1,31 @@
-"""Rewrite 4: on the CPU in low precision, grad-input and the gradient of S's values come out of one pass over dy.
+"""Rewrite 4: on the CPU in low precision, gradients of the delta come out of the pass over dy that grad-input makes anyway.
 
-    linear_t(dy), linear_grads(dy, x) of S alone  -> product_with_grad(dy, x), transposed
-    linear(dy), linear_grads(x, dy) of S alone    -> product_with_grad(dy, x)     (weights stored [in, out])
+    linear(x) ... linear_t(dy), linear_grads(dy, x)  -> product_with_left(x), product_with_grads(dy, x, left)
+    linear_t(dy), linear_grads(dy, x) of S alone     -> product_with_grads(dy, x)
 
-Conditions: a product of the backward pass, which is to say that it depends on a gradient that the graph is given; the same
-rows, the same S, the whole weight, no bias; more rows than are multiplied without a tile. In float32 S is part of the decoded
-weight, and no pass over dy is made for it. It goes last: what thin products take of `linear_grads` is gone by then.
+Weights stored [in, out] have `linear` and `linear_t`, and the factors of `linear_grads`, exchanged. Conditions: the second
+product is one of the backward pass, which is to say that it depends on a gradient that the graph is given, and has no bias; all
+have the same rows, the same terms and the whole weight, and more rows than are multiplied without a tile. In float32 S is part
+of the decoded weight, and no pass over dy is made for it.
+
+The first needs a low-rank term of small rank, of which all gradients are asked for, and a product of the forward pass that is
+not computed again in the backward pass: for a thin product alone that would be too much. It goes before thin products are
+shared. The second goes after that: what thin products take of `linear_grads` is gone by then.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-import rosa_fx.kernels.backward_ops  # noqa: F401  (registers the operator)
+import rosa_fx.kernels.backward_ops  # noqa: F401  (registers the operators)
 from rosa_fx.kernels import composition
 from rosa_fx.kernels.layout import Layout
+from rosa_fx.kernels.terms.low_rank import LowRank
 from rosa_fx.kernels.terms.sparse import Sparse
 from rosa_fx.passes.fuse_linear import emit
 from rosa_fx.passes.order import hoist
@@ -28,18 +35,42 @@ from rosa_fx.passes.views import is_getitem, value
 ops = torch.ops.rosa_fx
 
 
+def join_all_gradients(graph: Graph) -> int:
+    """The first rewrite, in place; how many layers it joined."""
+    forward: dict[Any, Node] = {}
+    backward: dict[Any, Node] = {}
+    for transposed, node, behind in _products(graph):
+        delta, rank = _both(node)
+        if delta is None or not composition.starts_from_terms(value(node.args[0]), row_count(node.args[0]), rank):  # type: ignore[arg-type]
+            continue
+        if behind and node.args[1] is None:
+            backward[transposed, rows_identity(node.args[0]), delta] = node
+        elif not behind and "recompute" not in node.meta:
+            forward[transposed, rows_identity(node.args[0]), delta] = node
+    found: list[tuple[Node, Node, Node, bool]] = []
+    for node in graph.find_nodes(op="call_function", target=ops.linear_grads.default) if forward and backward else ():
+        delta, _ = _both(node)
+        if delta is None or len({item.args[1] for item in node.users if item.users}) < 3:
+            continue
+        dy, x = map(rows_identity, node.args[:2])
+        for transposed, first, second in ((True, x, dy), (False, dy, x)):
+            keys = (not transposed, first, delta), (transposed, second, delta)
+            if keys[0] in forward and keys[1] in backward:
+                found.append((forward.pop(keys[0]), backward.pop(keys[1]), node, transposed))
+                break
+    # Only now: identities are told by nodes, which go.
+    return sum(_join_all(graph, *layer) for layer in found)
+
+
 def join_gradients(graph: Graph) -> int:
-    """Rewrite `graph` in place; how many pairs were joined."""
+    """The second rewrite, in place; how many pairs were joined."""
     products: dict[Any, Node] = {}
-    backward = _backward(graph)
-    for target, transposed in ((ops.linear_t.default, True), (ops.linear.default, False)):
-        for node in graph.find_nodes(op="call_function", target=target):
-            x: Any = node.args[0]
-            bias, _, delta, key = node.args[1:]
-            tensors, val = _sparse(delta, str(key)), value(x)
-            assert val is not None
-            if node in backward and tensors is not None and bias is None and composition.starts_from_terms(val, row_count(x)):
-                products[transposed, rows_identity(x), tensors] = node
+    for transposed, node, behind in _products(graph):
+        delta, key = node.args[3:]
+        tensors = _sparse(delta, str(key))
+        x: Any = node.args[0]
+        if behind and tensors and node.args[1] is None and composition.starts_from_terms(value(x), row_count(x)):  # type: ignore[arg-type]
+            products[transposed, rows_identity(x), tensors] = node
     pairs: list[tuple[Node, Node, bool]] = []
     for node in graph.find_nodes(op="call_function", target=ops.linear_grads.default) if products else ():
         dy, x, delta, key = node.args
@@ -51,17 +82,31 @@ def join_gradients(graph: Graph) -> int:
             if product is not None:
                 pairs.append((product, node, transposed))
                 break
-    # Only now: identities are told by nodes, which go.
-    return sum(_join(graph, *pair) for pair in pairs)
+    return sum(_join(graph, product, node, None, transposed) for product, node, transposed in pairs)
 
 
-def _backward(graph: Graph) -> set[Node]:
-    """What depends on an upstream gradient; AOTAutograd calls those `tangents`, as its partitioner does."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and "tangents" in str(node.target)) or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+def _products(graph: Graph) -> Iterator[tuple[bool, Node, bool]]:
+    """(whether it is `linear_t`, the product, whether it depends on an upstream gradient).
+
+    AOTAutograd calls upstream gradients `tangents`, as its partitioner does.
+    """
+    behind: set[Node] = set()
+    for node in list(graph.nodes):
+        if (node.op == "placeholder" and "tangents" in str(node.target)) or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+        if node.target in (ops.linear.default, ops.linear_t.default):
+            yield node.target is ops.linear_t.default, node, node in behind
+
+
+def _both(node: Node) -> tuple[tuple[Node, ...] | None, int]:
+    """The tensors of a whole weight with one low-rank and one sparse term and nothing else, and the rank."""
+    delta: Any = node.args[-2]
+    layout = Layout.parse(str(node.args[-1]))
+    if sorted(item.kind for item in layout.terms) != [LowRank.kind, Sparse.kind] or layout.region or layout.stack > 1:
+        return None, 0
+    ((A, *_),) = (own for item, own in layout.split(delta) if type(item) is LowRank)
+    rank = int(value(A).shape[0])  # type: ignore[union-attr]
+    return (tuple(delta), rank) if rank else (None, 0)
 
 
 def _sparse(delta: Any, key: str) -> tuple[Node, ...] | None:
@@ -71,20 +116,40 @@ def _sparse(delta: Any, key: str) -> tuple[Node, ...] | None:
     return tuple(found[0]) if len(found) == 1 and layout.region is None and layout.stack == 1 else None  # type: ignore[arg-type]
 
 
-def _join(graph: Graph, product: Node, grads: Node, transposed: bool) -> bool:
+def _join_all(graph: Graph, first: Node, second: Node, grads: Node, transposed: bool) -> bool:
+    with graph.inserting_before(first):
+        node = emit(graph, ops.product_with_left.default, *first.args, not transposed)
+        out, left = (_item(graph, node, index) for index in range(2))
+    if not _join(graph, second, grads, left, transposed):
+        return False
+    _take_meta(node, first)
+    first.replace_all_uses_with(out)
+    graph.erase_node(first)
+    return True
+
+
+def _join(graph: Graph, product: Node, grads: Node, kept: Node | None, transposed: bool) -> bool:
     x: Any = product.args[0]
     other: Any = grads.args[1 if transposed else 0]
     if value(other).dtype != value(x).dtype or not hoist([other], product):  # type: ignore[union-attr]
         return False
     with graph.inserting_before(product):
-        node = emit(graph, ops.product_with_grad.default, x, other, *product.args[2:], transposed)
-        node.meta.update({k: v for k, v in product.meta.items() if k not in ("val", "tensor_meta")})
-        out, gradient = emit(graph, operator.getitem, node, 0), emit(graph, operator.getitem, node, 1)
+        node = emit(graph, ops.product_with_grads.default, x, other, kept, *product.args[2:], transposed)
+        _take_meta(node, product)
+        out = _item(graph, node, 0)
+        gradients = {item: _item(graph, node, int(item.args[1]) + 1) for item in grads.users if is_getitem(item)}  # type: ignore[arg-type]
     product.replace_all_uses_with(out)
     graph.erase_node(product)
-    for item in list(grads.users):
-        assert is_getitem(item)
+    for item, gradient in gradients.items():
         item.replace_all_uses_with(gradient)
         graph.erase_node(item)
     graph.erase_node(grads)
     return True
+
+
+def _item(graph: Graph, node: Node, index: int) -> Node:
+    return emit(graph, operator.getitem, node, index)
+
+
+def _take_meta(node: Node, old: Node) -> None:
+    node.meta.update({k: v for k, v in old.meta.items() if k not in ("val", "tensor_meta")})

@@ -29,7 +29,7 @@ from rosa_fx.passes.fuse_grads import fuse_gradients, join_backwards
 from rosa_fx.passes.fuse_linear import PRODUCTS, fuse_product
 from rosa_fx.passes.fuse_vector import fuse_vector_product
 from rosa_fx.passes.group_ends import read_ends_once
-from rosa_fx.passes.join_gradients import join_gradients
+from rosa_fx.passes.join_gradients import join_all_gradients, join_gradients
 from rosa_fx.passes.report import GraphReport, Use, weight_name
 from rosa_fx.passes.shared_input import share_inputs
 from rosa_fx.passes.split_cat import split_concatenations
@@ -100,13 +100,14 @@ def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphRe
 
 
 def _share(graph: Graph, report: GraphReport, names: dict[Any, str]) -> None:
+    report.joined = join_all_gradients(graph)
     shared = share_inputs(graph)
     report.shared = {"stacked": shared.stacked, "reused": shared.reused, "gradients": shared.gradients}
     for delta in shared.deltas:
         if delta in names:
             report.uses[names[delta]].shared += 1
     graph.eliminate_dead_code()
-    report.joined = join_gradients(graph)
+    report.joined += join_gradients(graph)
 
 
 def _rewrites() -> Iterator[tuple[Any, Callable[[Graph, Node], tuple[Node, str] | None]]]:

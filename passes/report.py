@@ -66,7 +66,7 @@ class GraphReport:
     """`uses` by weight name; `others`, products with other weights; counters of each rewrite over the whole graph.
 
     `shared`: products with the stacked matrices of several layers, thin products with several users, and gradients that are
-    parts of one product. `joined`: gradients of sparse values that come out of a product of the backward pass.
+    parts of one product. `joined`: layers whose gradients come out of a product of the backward pass.
     """
 
     uses: dict[str, Use] = field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""Grad-input and the gradient of sparse values in one operator: the operator alone, and where the pass emits it."""
+"""Gradients of the delta out of a product's pass over dy: the kernel, the operators, and where the passes emit them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rewritten_models import assert_budget, exact, fill, prepared, rewritten, run
 from torch import Tensor, nn
+from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 import rosa_fx
 from rosa_fx.kernels import backward_ops, composition, ops
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.cpu import rows
+from rosa_fx.kernels.inductor import capture_backend
 from rosa_fx.mask import Mask
+from rosa_fx.passes.joint import rewrite
 
 MakeCase = Callable[..., Any]
+rosa = torch.ops.rosa_fx
 FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 LOW = [torch.bfloat16, torch.float16]
 ROWS = 2 * composition.FEW_ROWS
@@ -36,48 +42,75 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     N=st.sampled_from([1, 2, 31, 32, 33, 97]),
     K=st.sampled_from([1, 3, 16, 63, 64, 65, 200]),
     M=st.sampled_from([0, 1, 15, 33, 64, 65, 130, 700]),
+    R=st.sampled_from([0, 1, 4, 16, 17]),
     dtype=st.sampled_from([torch.float32, *LOW]),
-    value_t=st.sampled_from([torch.float32, *LOW]),
+    adapter_t=st.sampled_from([torch.float32, *LOW]),
     transposed=st.booleans(),
-    density=st.sampled_from([0.003, 0.1, 1.0]),
+    density=st.sampled_from([0.0, 0.003, 0.1, 1.0]),
     turned=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_gradient_beside_a_product(
-    N: int, K: int, M: int, dtype: torch.dtype, value_t: torch.dtype, transposed: bool, density: float, turned: bool, seed: int
+def test_gradients_beside_a_product(
+    N: int,
+    K: int,
+    M: int,
+    R: int,
+    dtype: torch.dtype,
+    adapter_t: torch.dtype,
+    transposed: bool,
+    density: float,
+    turned: bool,
+    seed: int,
 ) -> None:
-    """Within the bound of any order of summation, the same for every number of threads, and the product as without it."""
+    """Within the bound of any order of summation, the same for every number of threads, and the product as without them."""
     generator = torch.Generator().manual_seed(seed)
     mask = Mask.from_dense(torch.rand(N, K, generator=generator) < density)
-    csr = [torch.randn(mask.nnz, generator=generator).to(value_t), mask.row_offsets, mask.cols]
+    csr = [torch.randn(mask.nnz, generator=generator).to(adapter_t), mask.row_offsets, mask.cols]
     source = rows.source((N, K), base_format("dense").stored([torch.zeros(N, K)]), csr)
     assert source is not None
+    scale = 0.3
+    A, B = (torch.randn(shape, generator=generator).to(adapter_t) for shape in ((R, K), (N, R)))
     inputs, outputs = (N, K) if transposed else (K, N)
     x, other = (torch.randn(M, size, generator=generator).to(dtype) for size in (inputs, outputs))
+    inner, outer = (B.double(), A.double().t()) if transposed else (A.double().t(), B.double())
+    kept = (scale * other.double() @ outer).to(dtype)
     if turned:
         x, other = x.t().contiguous().t(), other.t().contiguous().t()
-    found = []
+    found: list[list[Tensor]] = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             out, alone = (torch.full((M, outputs), float("nan"), dtype=dtype) for _ in range(2))
-            gradient = source.terms((0, N, 0, K), x, out, transposed, other=other)
-            assert source.terms((0, N, 0, K), x, alone, transposed) is None
+            made = torch.full((M, R), float("nan"), dtype=dtype)
+            region = (0, N, 0, K)
+            gradients = source.terms(region, x, out, transposed, (A, B, scale), made=made, other=other, kept=kept)
+            assert source.terms(region, x, alone, transposed, (A, B, scale)) == []
             assert torch.equal(out, alone)
-            found.append(gradient)
+            found.append([made, *gradients])
     finally:
         torch.set_num_threads(threads)
-    one, several = found
-    assert one is not None
-    assert several is not None
-    assert torch.equal(one, several)
+    assert len(found[0]) == (4 if R else 2)
+    assert all(torch.equal(one, several) for one, several in zip(*found, strict=True))
+    made, values, *factors = found[0]
+    eps, tiny = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).smallest_normal * M
+    left, size = (scale * part(x) @ part(inner) for part in (Tensor.double, lambda t: t.double().abs()))
+    if R:
+        bound = eps * (inputs + 4) * size + torch.finfo(dtype).eps * left.abs() + torch.finfo(dtype).smallest_normal
+        assert bool(((made.double() - left).abs() <= bound).all())
     dy, right = (x, other) if transposed else (other, x)
     entries = mask.rows(), mask.cols.long()
-    truth, size = ((a.t() @ b)[entries] for a, b in ((dy.double(), right.double()), (dy.double().abs(), right.double().abs())))
+    # What the kernel multiplies is its own `left`, rounded to x's dtype.
+    thin_dy, thin_x = (made, kept) if transposed else (kept, made)
+    cases = [(values, dy, right, entries)]
+    if factors:
+        dA, dB = factors
+        cases += [(dA, thin_dy, right, ...), (dB, dy, thin_x, ...)]
     # Chunks of tiles, 64 rows in at least 4 sums each.
-    roundings = (M // 4 + 24) * torch.finfo(torch.float32).eps
-    assert bool(((one - truth).abs() <= roundings * size + torch.finfo(torch.float32).smallest_normal * M).all())
+    roundings = (M // 4 + 24) * eps
+    for ours, a, b, index in cases:
+        truth, size = ((p.t() @ q)[index] for p, q in ((a.double(), b.double()), (a.double().abs(), b.double().abs())))
+        assert bool(((ours - truth).abs() <= roundings * size + tiny).all())
 
 
 def test_what_is_not_finite_stays_with_its_entries() -> None:
@@ -87,54 +120,66 @@ def test_what_is_not_finite_stays_with_its_entries() -> None:
     for dtype in LOW:
         dy, x = torch.ones(70, 2, dtype=dtype), torch.ones(70, 3, dtype=dtype)
         x[69, 0], dy[3, 1] = float("nan"), float("inf")
-        found = source.terms((0, 2, 0, 3), dy, torch.empty(70, 3, dtype=dtype), True, other=x)
-        assert found is not None
+        (found,) = source.terms((0, 2, 0, 3), dy, torch.empty(70, 3, dtype=dtype), True, other=x)
         assert found.isnan().tolist() == [True, False, False, False]
         assert found[1:].tolist() == [70, float("inf"), float("inf")]
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-def test_operator_within_the_budget(make_case: MakeCase, native: None, base: str, dtype: torch.dtype, transposed: bool) -> None:
+def test_operators_within_the_budget(
+    make_case: MakeCase, native: None, base: str, dtype: torch.dtype, transposed: bool, kept: bool
+) -> None:
     """Against float64, as `linear`, `linear_t` and `linear_grads` are: the plain computation is that in low precision."""
     case = make_case((96, 128), base, m=ROWS, dtype=dtype, mask=0.05)
-    x, other = (case.dy, case.x) if transposed else (case.x, case.dy)
-    found = torch.ops.rosa_fx.product_with_grad(x.detach(), other.detach(), case.base, case.delta, case.layout.key, transposed)
+    x, other = (case.dy.detach(), case.x.detach()) if transposed else (case.x.detach(), case.dy.detach())
+    key = case.layout.key
+    out, left = rosa.product_with_left(other, None, case.base, case.delta, key, not transposed)
+    found = [out, *rosa.product_with_grads(x, other, left if kept else None, case.base, case.delta, key, transposed)]
     results = []
+    scale = case.layout.terms[0].scale
     for wide in (torch.float64, dtype):
         named = dict(zip(case.names, case.delta64, strict=True))
         S = torch.zeros(96, 128, dtype=torch.float64).index_put(case.rows_cols, named["values"])
-        W, low = case.base64, case.layout.terms[0].scale * (named["B"] @ named["A"])
-        g, right = x.detach().to(wide), other.detach().to(wide)
-        parts = [part.to(wide) for part in (W, S, low)]
-        y = sum(g @ (part if transposed else part.t()) for part in parts)
-        dW = g.t() @ right if transposed else right.t() @ g
-        results.append([y, dW[case.rows_cols]])
-    assert_budget(list(found), results[1], results[0], 2.0 if dtype == torch.float32 else 1.1)
+        parts = [part.to(wide) for part in (case.base64, S, scale * (named["B"] @ named["A"]))]
+        g, right = (x.to(wide), other.to(wide)) if transposed else (other.to(wide), x.to(wide))
+        y, dx = (sum(v @ (part if turn else part.t()) for part in parts) for v, turn in ((right, False), (g, True)))
+        A, B = named["A"].to(wide), named["B"].to(wide)
+        grads = [(scale * g @ B).t() @ right, scale * (g.t() @ (right @ A.t()))] if kept else []
+        # In the order of the layout's terms.
+        results.append([*((y, dx) if transposed else (dx, y)), *grads, (g.t() @ right)[case.rows_cols]])
+    assert [item.kind for item in case.layout.terms] == ["low_rank", "sparse"]
+    assert_budget(found, results[1], results[0], 2.0 if dtype == torch.float32 else 1.1)
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("m", [5, ROWS])
-def test_without_the_kernel_both_are_computed(
-    make_case: MakeCase, m: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+def test_without_the_kernel_all_is_computed_apart(
+    make_case: MakeCase, m: int, transposed: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rows, float32, no compiler, an empty mask: the operator means the same."""
+    """Few rows, float32, no compiler, an empty mask: the operators mean the same, and what their definitions say."""
     for mask in (0.2, torch.zeros(12, 16, dtype=torch.bool)):
         case = make_case((12, 16), "nf4", m=m, mask=mask)
         x, other = (case.dy.detach(), case.x.detach()) if transposed else (case.x.detach(), case.dy.detach())
+        first = (other, None, case.base, case.delta, case.layout.key, not transposed)
+        out, left = rosa.product_with_left(*first)
+        second = (x, other, left if kept else None, case.base, case.delta, case.layout.key, transposed)
+        ours = [out, left, *rosa.product_with_grads(*second)]
         with monkeypatch.context() as patch:
             patch.setattr(rows.sparse, "native", lambda *tensors: None)
-            plain = backward_ops.product_with_grad(x, other, case.base, case.delta, case.layout.key, transposed)
-        out, gradient = backward_ops.product_with_grad(x, other, case.base, case.delta, case.layout.key, transposed)
+            plain = [*rosa.product_with_left(*first), *rosa.product_with_grads(*second)]
+        defined = [*backward_ops.product_with_left._init_fn(*first), *backward_ops.product_with_grads._init_fn(*second)]
         product = ops.linear_t if transposed else ops.linear
-        assert torch.equal(out, product(x, None, case.base, case.delta, case.layout.key))
-        torch.testing.assert_close(gradient, plain[1])
-        torch.testing.assert_close(out, plain[0])
-        sample = (x, other, case.base, case.delta, case.layout.key, transposed)
-        torch.library.opcheck(
-            torch.ops.rosa_fx.product_with_grad.default, sample, test_utils=("test_schema", "test_faketensor")
-        )
+        assert torch.equal(ours[2], product(x, None, case.base, case.delta, case.layout.key))
+        assert len(ours) == len(plain) == len(defined) == (6 if kept else 4)
+        for one, other_way, right in zip(ours, plain, defined, strict=True):
+            torch.testing.assert_close(one, other_way)
+            torch.testing.assert_close(one, right)
+        for operator, sample in ((rosa.product_with_left, first), (rosa.product_with_grads, second)):
+            torch.library.opcheck(operator.default, sample, test_utils=("test_schema", "test_faketensor"))
 
 
 class Mlp(nn.Module):
@@ -168,18 +213,61 @@ def joined(model: nn.Module, x: Tensor, backward: bool = True) -> list[int]:
     return [report.joined for report in reports]
 
 
+def captured(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """How often each operator of ours, and a plain product, is in the graph after the rewrite."""
+    graphs: list[Graph] = []
+    torch._dynamo.reset()
+    torch.compile(model, backend=capture_backend(lambda graph: (rewrite(graph), graphs.append(graph))), fullgraph=True)(x)
+    return Counter(
+        node.target.__name__.split(".")[0] for node in graphs[0].nodes if str(node.target).startswith(("rosa_fx.", "aten.mm"))
+    )
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_every_pair_of_a_backward_pass_is_joined(native: None, dtype: torch.dtype) -> None:
+def test_every_layer_of_a_backward_pass_is_joined(native: None, dtype: torch.dtype) -> None:
     x = torch.randn(2, ROWS // 2 + 1, 32).to(dtype)
     assert joined(mlp(dtype), x) == [4]
+    assert captured(mlp(dtype), x.clone().requires_grad_()) == {"product_with_left": 4, "product_with_grads": 4}
     assert joined(mlp(dtype), x, backward=False) == [0]
     assert joined(mlp(dtype), x[:1, :5]) == [0]  # few rows are multiplied without a tile
-    assert joined(mlp(dtype, density=0), x) == [0]
-    model = mlp(dtype)
-    for weight in rosa_fx.state.state_of(model).weights.values():
-        assert weight.sparse is not None
-        weight.sparse.values.requires_grad_(False)
-    assert joined(model, x) == [0]
+    for terms in ({"density": 0}, {"rank": 0}):
+        assert joined(mlp(dtype, **terms), x) == ([4] if "rank" in terms else [0])
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_only_the_gradient_of_values_is_joined_where_thin_products_are_not(
+    native: None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large rank, factors that do not train, values that do not."""
+    x = torch.randn(2, ROWS // 2 + 1, 32, requires_grad=True).to(dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(composition, "_FP32_RANK", 3)
+        found = captured(mlp(dtype, rank=4), x)
+    assert (found["product_with_grads"], found["product_with_left"], found["linear_grads"]) == (4, 0, 0)
+    for names, expected in ((("A", "B"), (4, 0, 0)), (("A",), (4, 0, 0)), (("values",), (0, 0, 0))):
+        model = mlp(dtype)
+        for weight in rosa_fx.state.state_of(model).weights.values():
+            for name in names:
+                getattr(weight.sparse if name == "values" else weight.low_rank, name).requires_grad_(False)
+        found = captured(model, x)
+        assert (found["product_with_grads"], found["product_with_left"], found["linear_grads"]) == expected
+
+
+def test_a_product_that_is_computed_again_makes_no_thin_product_for_later(native: None) -> None:
+    """Checkpointing would repeat the whole product for the sake of the thin one."""
+    x = torch.randn(2, ROWS, 32, dtype=torch.bfloat16, requires_grad=True)
+    found = captured(Again(mlp(torch.bfloat16)), x)
+    assert (found["product_with_grads"], found["product_with_left"], found["linear_grads"]) == (4, 0, 0)
+
+
+class Again(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.model, x, use_reentrant=False)
+        return out
 
 
 def test_a_product_of_the_forward_pass_is_no_partner(native: None) -> None:
@@ -195,10 +283,12 @@ def test_float32_is_left_alone() -> None:
     assert joined(mlp(torch.float32), torch.randn(2, ROWS, 32)) == [0]
 
 
+@pytest.mark.parametrize("rank", [4, 40])
 @pytest.mark.parametrize("spelling", ["x Wt", "x W"])
-def test_gradients_through_a_joined_graph(native: None, spelling: str) -> None:
+def test_gradients_through_a_joined_graph(native: None, spelling: str, rank: int) -> None:
     model = prepared(
-        *((lambda x, w, b: F.linear(x, w, b), (32, 48)) if spelling == "x Wt" else (lambda x, w, b: x @ w + b, (48, 32)))
+        *((lambda x, w, b: F.linear(x, w, b), (32, 48)) if spelling == "x Wt" else (lambda x, w, b: x @ w + b, (48, 32))),
+        rank=rank,
     ).to(torch.bfloat16)
     x = torch.randn(3, ROWS, 48).to(torch.bfloat16)
     call, reports = rewritten(model, fullgraph=True)

@@ -37,6 +37,37 @@ class _Rows(ctypes.Structure):
     )
 
 
+class _Factor(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("stride_r", ctypes.c_int64))
+
+
+class _Terms(ctypes.Structure):
+    """What a call of `rosa_terms` is about, as terms_low_rank.cpp describes it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("r0", "r1", "c0", "c1", "transposed", "M")),
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x_dtype", "x_stride_m", "x_stride_k")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_dtype", "out_stride", "R")),
+        ("inner", _Factor),
+        ("outer", _Factor),
+        ("left", ctypes.c_void_p),
+        ("left_dtype", ctypes.c_int64),
+        ("left_stride", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("made", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("other_stride_m", ctypes.c_int64),
+        ("other_stride_o", ctypes.c_int64),
+        ("kept", ctypes.c_void_p),
+        ("values_grad", ctypes.c_void_p),
+        ("inner_grad", _Factor),
+        ("outer_grad", _Factor),
+        ("threads", ctypes.c_int64),
+    )
+
+
 class Source:
     """D(Q) + S of one weight, ready to be read by rows. Holds its tensors as long as it lives."""
 
@@ -81,48 +112,67 @@ class Source:
         transposed: bool,
         pair: tuple[Tensor, Tensor, float] | None = None,
         left: Tensor | None = None,
+        *,
+        made: Tensor | None = None,
         other: Tensor | None = None,
-    ) -> Tensor | None:
+        kept: Tensor | None = None,
+    ) -> list[Tensor]:
         """out [M, rows] = x [M, columns] times the transpose of that part of S alone; x [M, rows] and out [M, columns] with
         S itself if `transposed`. `pair`: A [R, columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added, or s (x B) A if
         `transposed`; `left` [M, R], where given, is x Aᵀ or s (x B). Summed in float32 and rounded once. x of any
         strides, rows of out and of left adjacent elements; float32, bfloat16 or float16. Raises as `write`.
 
-        `other`, like out in shape and like x in dtype, asks for the gradient of S's values as well, [nnz] float32: for each
-        the sum over M of x and `other` in its column and row. The region has to be the whole weight then."""
-        factors: tuple[Any, ...] = (0, None, 0, 0, None, 0, 0, None, 0, 0, 0.0)
-        if pair is not None and pair[0].numel() and pair[1].numel():
-            A, B, scale = pair[0].float(), pair[1].float().t(), pair[2]
-            inner, outer = (B, A) if transposed else (A, B)  # [R, inputs] and [R, outputs]
-            factors = (len(A), *_by_column(inner), *_by_column(outer))
-            if left is None:
-                factors += (None, 0, 0, scale)
-            else:
-                left = left if left.stride(1) == 1 else left.contiguous()
-                factors += (left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0), 1.0 if transposed else scale)
-        gradient = None
-        if other is not None:
-            assert region == (0, self._rows.N, 0, self._rows.K)
-            assert other.dtype == x.dtype
-            gradient = torch.empty(self.nnz, dtype=torch.float32)
-        failed = self._library.rosa_terms(
-            ctypes.byref(self._rows),
+        `made` [M, R], contiguous and of x's dtype, becomes s (x Aᵀ) or s (x B). `other`, like out in shape and like x in
+        dtype, asks for gradients as well, of the whole weight: those of S's values, [nnz], for each the sum over M of x and
+        `other` in its column and row. With `kept`, what the product with `other` left in `made`, those of A and of B follow.
+        """
+        call = _Terms(
             *region,
             transposed,
+            x.shape[0],
             x.data_ptr(),
             sparse.DTYPES[x.dtype],
             *x.stride(),
-            x.shape[0],
             out.data_ptr(),
             sparse.DTYPES[out.dtype],
             out.stride(0),
-            *factors,
-            *((None, 0, 0, None) if other is None or gradient is None else _gradient(other, gradient)),
-            torch.get_num_threads(),
+            threads=torch.get_num_threads(),
         )
-        if failed:
+        held: list[Any] = []  # what has no other owner until the call is made
+        if pair is not None and pair[0].numel() and pair[1].numel():
+            A, B, call.scale = pair[0].float(), pair[1].float().t(), pair[2]
+            held += [A, B]
+            call.R = len(A)
+            call.inner, call.outer = map(_by_column, (B, A) if transposed else (A, B))  # [R, inputs] and [R, outputs]
+            if left is not None:
+                left = left if left.stride(1) == 1 else left.contiguous()
+                held.append(left)
+                call.left, call.left_dtype, call.left_stride = left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0)
+                call.scale = 1.0 if transposed else pair[2]
+        if made is not None:
+            assert made.dtype == x.dtype
+            assert made.is_contiguous()
+            call.made = made.data_ptr()
+        gradients: list[Tensor] = []
+        if other is not None:
+            assert region == (0, self._rows.N, 0, self._rows.K)
+            assert other.dtype == x.dtype
+            call.other, (call.other_stride_m, call.other_stride_o) = other.data_ptr(), other.stride()
+            gradients.append(torch.empty(self.nnz, dtype=torch.float32))
+            call.values_grad = gradients[0].data_ptr()
+            if kept is not None and call.R:
+                assert kept.dtype == x.dtype
+                kept = kept.contiguous()
+                held.append(kept)
+                call.kept = kept.data_ptr()
+                dA, dB = torch.empty(call.R, self._rows.K), torch.empty(self._rows.N, call.R)
+                gradients += [dA, dB]
+                call.inner_grad, call.outer_grad = map(_by_column, (dB.t(), dA) if transposed else (dA, dB.t()))
+        if x.shape[0] == 0:
+            return [gradient.zero_() for gradient in gradients]
+        if self._library.rosa_terms(ctypes.byref(self._rows), ctypes.byref(call)):
             raise MemoryError(f"no scratch memory for 64 rows of {x.shape[1]} elements and their sparse entries")
-        return gradient
+        return gradients
 
     def few(self, region: Region, x: Tensor, out: Tensor, pair: tuple[Tensor, Tensor, float] | None = None) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, summed in float32 and rounded once.
@@ -153,13 +203,9 @@ class Source:
             raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
 
 
-def _by_column(matrix: Tensor) -> tuple[int, int, int]:
-    """Address of a matrix, elements from column to column, and from row to row."""
-    return matrix.data_ptr(), matrix.stride(1), matrix.stride(0)
-
-
-def _gradient(other: Tensor, gradient: Tensor) -> tuple[int, int, int, int]:
-    return other.data_ptr(), other.stride(0), other.stride(1), gradient.data_ptr()
+def _by_column(matrix: Tensor) -> _Factor:
+    """A float32 matrix [R, elements] for the kernels."""
+    return _Factor(matrix.data_ptr(), matrix.stride(1), matrix.stride(0))
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -173,11 +219,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.rosa_write_rows.argtypes = [ptr, i64, i64, i64, i64, ptr, i32, i64, i64, i64, i32]
     library.rosa_write_rows.restype = i32
-    library.rosa_terms.argtypes = [
-        *(ptr, i64, i64, i64, i64, i32, ptr, i32, i64, i64, i64, ptr, i32, i64),
-        *(i64, ptr, i64, i64, ptr, i64, i64, ptr, i32, i64, ctypes.c_float),
-        *(ptr, i64, i64, ptr, i32),
-    ]
+    library.rosa_terms.argtypes = [ptr, ptr]
     library.rosa_terms.restype = i32
     library.rosa_few_rows.argtypes = [
         *(ptr, i64, i64, i64, i64, ptr, i32, i64, i64, ptr, i32, i64),

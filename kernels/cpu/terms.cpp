@@ -7,7 +7,7 @@
 // MiB for 4096 columns, which stays in L2). An entry of S is 64 multiply-adds with it, about 4 cycles (Zen 5); the low-rank
 // term is 64 R per column and per output, at the speed of the multipliers. Outputs are transposed back by squares, in blocks
 // of a cache line: the rows of out lie in few sets of the cache, and half a line would be evicted before the other is written.
-// Cost beyond that: one transposition of x, and one pass over out. The gradient of S's values may come with it
+// Cost beyond that: one transposition of x, and one pass over out. Gradients of the delta may come with it
 // (terms_gradient.cpp).
 namespace {
 
@@ -100,21 +100,57 @@ void write_block(const vf (*sums)[GROUPS], const Out& out, int64_t m0, int64_t o
   }
 }
 
-// Rows m0 .. m0 + TILE_ROWS of out, outputs o0 .. o1. `left` and `copy` are null where there is no low-rank part. The gradient is
-// added to sums[j] for every entry j of these outputs; `block` has room for BLOCK columns of its other matrix.
+// rows [count][R] of `dtype` = the transpose of `left` [R][TILE_ROWS].
+void store_left(const float* left, int64_t R, int64_t count, int64_t dtype, void* rows) {
+  for (int64_t m = 0; m < count; m += VL)
+    for (int64_t r = 0; r < R; r += VL) {
+      vu square[VL];
+      for (int i = 0; i < VL; ++i) square[i] = r + i < R ? *reinterpret_cast<const vu*>(left + (r + i) * TILE_ROWS + m) : vu{};
+      transpose_square(square);
+      for (int64_t i = 0; i < VL && m + i < count; ++i)
+        write_span(reinterpret_cast<const float*>(&square[i]), std::min<int64_t>(VL, R - r), int(dtype), rows, (m + i) * R + r);
+    }
+}
+
+// What one thread works with: a panel of x, TILE_ROWS rows of the low-rank product, and for gradients a block of the other
+// matrix and the factors of those of the low-rank part.
+struct Buffers {
+  uint32_t *panel, *block, *left_words, *kept_words;
+  float *left, *copy;
+  uint16_t* rows;
+
+  bool get(const Terms& t, int64_t inputs) {
+    const auto need = [](auto& pointer, Scratch& scratch, int64_t count) {
+      using T = std::remove_reference_t<decltype(*pointer)>;
+      pointer = count ? scratch.get<T>(count) : nullptr;
+      return !count || pointer;
+    };
+    const int64_t padded = padded_rank(t.R), thin = t.kept ? padded * TILE_ROWS : 0;
+    return need(panel, panel_scratch, inputs * TILE_ROWS) && need(left, left_scratch, t.R * TILE_ROWS) &&
+           need(copy, right_scratch, t.R * BLOCK) && need(block, other_scratch, t.other ? BLOCK * TILE_ROWS : 0) &&
+           need(rows, rows_scratch, thin * 2) && need(left_words, left_words_scratch, thin) && need(kept_words, kept_scratch, thin);
+  }
+};
+
+// Rows m0 .. m0 + TILE_ROWS of out, outputs o0 .. o1. Gradients are added to those of the chunk: of the values to values[j] for
+// every entry j of these outputs, of the outer factor to outer[o].
 template <bool PACKED, bool GRADIENT>
-void terms_tile(const Entries& e, const LowRankTerm& part, const uint32_t* panel, const float* left, float* copy, int64_t m0,
-                int64_t o0, int64_t o1, const Out& out, const Matrix& other, Transpose transpose, uint32_t* block, float* gradient) {
+void terms_tile(const Terms& t, const Entries& e, const Buffers& b, Transpose transpose, int64_t m0, int64_t o0, int64_t o1,
+                const ChunkSums& chunk) {
   constexpr int WORDS = PACKED ? TILE_ROWS / 2 : TILE_ROWS;
+  const Out out{t.out, int(t.out_dtype), t.out_stride, t.M};
+  const Matrix other{t.other, t.other_stride_m, t.other_stride_o, t.M};
+  const int64_t padded = padded_rank(t.R);
   vf sums[BLOCK][GROUPS];
   Dots dots;
   dots.count = 0;
-  if (GRADIENT) dots.to = gradient + e.offsets[o0];
+  if (GRADIENT) dots.to = chunk.values + (e.offsets ? e.offsets[o0] : 0);
   for (int64_t o = o0; o < o1; o += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, o1 - o);
-    if (left) low_rank_sums(part, left, copy, o, count, sums);
+    if (t.R) low_rank_sums(t, b.left, b.copy, o, count, sums);
     else std::memset(sums, 0, sizeof sums);
-    if (GRADIENT && e.offsets[o] < e.offsets[o + count]) transpose(other, m0, WORDS / LINE, o, o + count, nullptr, block);
+    if (GRADIENT && (t.kept || (e.offsets && e.offsets[o] < e.offsets[o + count])))
+      transpose(other, m0, WORDS / LINE, o, o + count, nullptr, b.block);
     for (int64_t i = 0; e.offsets && i < count; ++i) {
       const int32_t end = e.offsets[o + i + 1];
       int32_t j = e.offsets[o + i];
@@ -122,80 +158,85 @@ void terms_tile(const Entries& e, const LowRankTerm& part, const uint32_t* panel
       vf acc[GROUPS], column[GROUPS];
       for (int g = 0; g < GROUPS; ++g) acc[g] = sums[i][g];
       for (; j < end; ++j) {
-        unpack<PACKED>(panel, e.index[j], column);
+        unpack<PACKED>(b.panel, e.index[j], column);
         const vf value = vf{} + e.value[j];
 #pragma GCC unroll 16
         for (int g = 0; g < GROUPS; ++g) acc[g] += value * column[g];
-        if (GRADIENT) dots.add(column_dots<PACKED>(panel + int64_t(e.index[j]) * WORDS, column, block + i * WORDS));
+        if (GRADIENT) dots.add(column_dots<PACKED>(b.panel + int64_t(e.index[j]) * WORDS, column, b.block + i * WORDS));
       }
       for (int g = 0; g < GROUPS; ++g) sums[i][g] = acc[g];
     }
+    if (GRADIENT && t.kept)
+      for (int64_t i = 0; i < count; ++i)
+        factor_gradient<PACKED>(b.block + i * WORDS, b.left_words, padded, chunk.outer + (o + i) * padded);
     write_block(sums, out, m0, o, count);
   }
   if (GRADIENT) dots.flush();
 }
 
-using TermsTile = decltype(&terms_tile<false, false>);
+// Tiles t0 .. t1 of part `at` of `parts`: a share of the outputs, in whole blocks, and of the inputs for their gradients. Every
+// part transposes the rows for itself.
+template <bool PACKED>
+void terms_chunk(const Terms& t, const Entries& e, const Buffers& b, Transpose transpose, int64_t t0, int64_t t1, int64_t at,
+                 int64_t parts, const ChunkSums& chunk) {
+  constexpr int WORDS = PACKED ? TILE_ROWS / 2 : TILE_ROWS;
+  const Matrix x{t.x, t.x_stride_m, t.x_stride_k, t.M};
+  const int64_t blocks = (e.outputs + BLOCK - 1) / BLOCK, padded = padded_rank(t.R);
+  const int64_t o0 = blocks * at / parts * BLOCK, o1 = std::min(e.outputs, blocks * (at + 1) / parts * BLOCK);
+  const int64_t i0 = e.inputs * at / parts, i1 = e.inputs * (at + 1) / parts;
+  if (chunk.values && e.offsets) std::fill(chunk.values + e.offsets[o0], chunk.values + e.offsets[o1], 0.0f);
+  if (t.kept) {
+    std::fill(chunk.outer + o0 * padded, chunk.outer + o1 * padded, 0.0f);
+    std::fill(chunk.inner + i0 * padded, chunk.inner + i1 * padded, 0.0f);
+  }
+  for (int64_t tile = t0; tile < t1; ++tile) {
+    const int64_t m0 = tile * TILE_ROWS, used = std::min<int64_t>(TILE_ROWS, t.M - m0);
+    if (e.offsets || (t.R && !t.left)) transpose(x, m0, WORDS / LINE, 0, e.inputs, nullptr, b.panel);
+    if (t.left) given_left(t, m0, b.left);
+    else if (t.R) left_of_panel<PACKED>(t, b.panel, e.inputs, b.left);
+    if (t.made && at == 0) store_left(b.left, t.R, used, t.x_dtype, static_cast<char*>(t.made) + m0 * t.R * bytes_of(t.x_dtype));
+    if (t.kept) {
+      store_left(b.left, t.R, TILE_ROWS, t.x_dtype, b.rows);
+      transpose({b.rows, t.R, 1, TILE_ROWS}, 0, WORDS / LINE, 0, t.R, nullptr, b.left_words);
+      transpose({t.kept, t.R, 1, t.M}, m0, WORDS / LINE, 0, t.R, nullptr, b.kept_words);
+      for (int64_t i = i0; i < i1; ++i) factor_gradient<PACKED>(b.panel + i * WORDS, b.kept_words, padded, chunk.inner + i * padded);
+    }
+    if (t.other) terms_tile<PACKED, true>(t, e, b, transpose, m0, o0, o1, chunk);
+    else terms_tile<PACKED, false>(t, e, b, transpose, m0, o0, o1, chunk);
+  }
+}
 
 }  // namespace
 
 extern "C" {
 
-// out [M, outputs] = x [M, inputs] S[r0 .. r1, c0 .. c1]ᵀ, or S itself if `transposed`, plus scale (x in) outᵀ with `in`
-// [inputs, R] and `out` [outputs, R] of any strides, or scale left outᵀ with `left` [M, R] given. Elements of a row of out and
-// of left are adjacent. With `gradient`, for the whole of S: gradient[j] = the sum over M of x in the input of entry j times
-// `other` [M, outputs], of x's dtype, in its output. Each sum is made in the same order whatever `threads`. Returns 0, or 1
-// without scratch memory.
-int rosa_terms(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, int transposed, const void* x, int x_dtype,
-                   int64_t x_stride_m, int64_t x_stride_k, int64_t M, void* out, int out_dtype, int64_t out_stride, int64_t R,
-                   const float* in, int64_t in_stride, int64_t in_stride_r, const float* right, int64_t right_stride,
-                   int64_t right_stride_r, const void* left, int left_dtype, int64_t left_stride, float scale, const void* other,
-                   int64_t other_stride_m, int64_t other_stride_o, float* gradient, int threads) {
+// What `Terms` says. Each sum is made in the same order whatever `threads`. Returns 0, or 1 without scratch memory.
+int rosa_terms(const Rows* rows, const Terms* terms) {
+  const Terms& t = *terms;
   Entries e;
-  if (!collect(*rows, r0, r1, c0, c1, transposed, gradient != nullptr, e)) return 1;
-  const int64_t nnz = e.offsets ? e.offsets[e.outputs] : 0;
-  if (nnz == 0) gradient = nullptr;
-  if (M == 0) {
-    if (gradient) std::fill(gradient, gradient + nnz, 0.0f);
-    return 0;
-  }
-  const LowRankTerm part{R, {in, in_stride, in_stride_r}, {right, right_stride, right_stride_r}, left, left_dtype, left_stride, scale};
-  const Matrix a{x, x_stride_m, x_stride_k, M}, beside{other, other_stride_m, other_stride_o, M};
-  const Out target{out, out_dtype, out_stride, M};
-  const bool packed = x_dtype == BF16;
-  const Transpose transpose = pick_transpose(x_dtype, packed);
-  const TermsTile run = packed ? gradient ? terms_tile<true, true> : terms_tile<true, false>
-                               : gradient ? terms_tile<false, true> : terms_tile<false, false>;
-  const int64_t tiles = (M + TILE_ROWS - 1) / TILE_ROWS, chunks = gradient ? gradient_chunks(tiles, nnz) : tiles;
-  // Few chunks are shared out by outputs, in whole blocks, though each part then transposes the rows for itself.
-  const int64_t parts = chunks >= threads ? 1 : (threads + chunks - 1) / chunks, blocks = (e.outputs + BLOCK - 1) / BLOCK;
-  float* partial = gradient ? gradient_scratch.get<float>(chunks * nnz) : nullptr;
-  if (gradient && !partial) return 1;
+  if (!collect(*rows, t.r0, t.r1, t.c0, t.c1, t.transposed, t.other != nullptr, e)) return 1;
+  const bool packed = t.x_dtype == BF16;
+  const Transpose transpose = pick_transpose(int(t.x_dtype), packed);
+  const int64_t tiles = (t.M + TILE_ROWS - 1) / TILE_ROWS;
+  Gradients gradients;
+  if (!gradients.get(t, e.outputs, e.inputs, e.offsets ? e.offsets[e.outputs] : 0, tiles)) return 1;
+  const int64_t chunks = t.other ? gradients.chunks : tiles;
+  // Few chunks are shared out.
+  const int64_t parts = chunks >= t.threads ? 1 : (t.threads + std::max<int64_t>(1, chunks) - 1) / std::max<int64_t>(1, chunks);
   int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel for num_threads(int(t.threads)) schedule(dynamic, 1) if (t.threads > 1)
   for (int64_t task = 0; task < chunks * parts; ++task) {
     const int64_t chunk = task / parts, at = task % parts;
-    const int64_t o0 = blocks * at / parts * BLOCK, o1 = std::min(e.outputs, blocks * (at + 1) / parts * BLOCK);
-    uint32_t* panel = panel_scratch.get<uint32_t>(e.inputs * TILE_ROWS);
-    float* tile_left = R ? left_scratch.get<float>(R * TILE_ROWS) : nullptr;
-    float* copy = R ? right_scratch.get<float>(R * BLOCK) : nullptr;
-    uint32_t* block = gradient ? other_scratch.get<uint32_t>(BLOCK * TILE_ROWS) : nullptr;
-    if (!panel || (R && (!tile_left || !copy)) || (gradient && !block)) {
+    Buffers buffers;
+    if (!buffers.get(t, e.inputs)) {
 #pragma omp atomic write
       failed = 1;
       continue;
     }
-    float* sums = gradient ? partial + chunk * nnz : nullptr;
-    if (gradient) std::fill(sums + e.offsets[o0], sums + e.offsets[o1], 0.0f);
-    for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
-      const int64_t m0 = tile * TILE_ROWS;
-      if (e.offsets || (R && !left)) transpose(a, m0, TILE_ROWS / LINE / (packed ? 2 : 1), 0, e.inputs, nullptr, panel);
-      if (left) given_left(part, m0, M, tile_left);
-      else if (R) (packed ? left_of_panel<true> : left_of_panel<false>)(part, panel, e.inputs, tile_left);
-      run(e, part, panel, tile_left, copy, m0, o0, o1, target, beside, transpose, block, sums);
-    }
+    (packed ? terms_chunk<true> : terms_chunk<false>)(t, e, buffers, transpose, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, at,
+                                                      parts, gradients.sums_of(chunk));
   }
-  if (gradient && !failed) add_chunks(partial, chunks, nnz, e.origin, gradient, threads);
+  if (t.other && !failed) gradients.finish(t, e.origin);
   return failed;
 }
 
