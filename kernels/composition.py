@@ -39,8 +39,8 @@ FEW_ROWS = 64
 # another change between two parallel programs (4096x4096 with 512 rows in bf16: 1 ms of 25 more in four tiles than in one).
 _TILE_BYTES = 32 << 20
 _TILE_OUTPUTS = 512
-# Columns of a panel of such a tile in low precision.
-_PANEL = 512
+# Columns of a panel of such a tile in low precision, where its rows would otherwise be at least so long.
+_PANEL, _LONG_ROWS = 512, 2048
 # Scratch memory up to this size is kept by each thread: fresh large blocks would be page-faulted in every time.
 _KEPT_BYTES = 64 << 20
 
@@ -108,7 +108,7 @@ def joined_product(
     if not folded and _starts_with_low_rank(x, beside, source is None, first is not None):
         first = first or rows.source(parsed.shape, parsed.base.stored(base), None)
         low_rank = beside.pop(0) if first is not None else None
-    begin = made = None
+    begin = made = tile = None
     gradients: Sequence[Tensor] = ()
     if first is not None:
         begin = x.new_empty(flat.shape[0], parsed.out_shape[1 if transposed else 0])
@@ -119,13 +119,24 @@ def joined_product(
             other = None
         if other is not None:
             other = other if other.dim() == 2 else other.reshape(-1, other.shape[-1])
+        if source is not None and not beside:
+            tile = _only_tile(parsed, transposed, x.dtype)
         gradients = first.terms(
-            _region(parsed), flat, begin, transposed, pair, given, made=made, other=other, kept=kept if pair else None
+            _region(parsed),
+            flat,
+            begin,
+            transposed,
+            pair,
+            given,
+            made=made,
+            other=other,
+            kept=kept if pair else None,
+            tile=tile,
         )
     if source is None:
         out = _whole(flat, bias, base, folded, beside, parsed, transposed, begin)
     else:
-        out = _tiled(flat, bias, source, beside, parsed, transposed, begin)
+        out = _tiled(flat, bias, source, beside, parsed, transposed, begin, tile)
     return Joined(out.view(*x.shape[:-1], out.shape[-1]), made, gradients)
 
 
@@ -243,8 +254,12 @@ def _tiled(
     layout: Layout,
     transposed: bool,
     begin: Tensor | None,
+    written: Tensor | None,
 ) -> Tensor:
-    """Tiles of outputs, each reduced in one GEMM: rows of the weight, or its columns if `transposed`."""
+    """Tiles of outputs, each reduced in one GEMM: rows of the weight, or its columns if `transposed`.
+
+    `written`: the only tile, where somebody has written it already.
+    """
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     dtype = x.dtype if native(x.dtype) else torch.float32
     wide = x if dtype == x.dtype else _scratch("rows", x.shape, dtype).copy_(x)
@@ -258,16 +273,20 @@ def _tiled(
     out = x.new_empty(x.shape[0], outputs) if begin is None else begin
     add = begin is not None
     row, row_stop, column, _ = _region(layout)
-    width = min(outputs, max(_TILE_OUTPUTS, _TILE_BYTES // (dtype.itemsize * max(1, depth)) // _PANEL * _PANEL))
-    panel = _PANEL if transposed and dtype in _LOW else width
+    width, panel = _tile_width(depth, outputs, transposed, dtype)
     for start in range(0, outputs, width):
         stop = min(outputs, start + width)
         if transposed:
-            tile = _scratch("tile", (-((stop - start) // -panel), wide.shape[1], min(panel, stop - start)), dtype)
-            source.write((row, row_stop, column + start, column + stop), tile)
+            tile = written
+            if tile is None:
+                tile = _scratch("tile", (-((stop - start) // -panel), wide.shape[1], min(panel, stop - start)), dtype)
+                source.write((row, row_stop, column + start, column + stop), tile)
             for at, part in zip(range(start, stop, panel), tile):
                 end = min(stop, at + panel)
                 _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
+            continue
+        if written is not None:
+            _multiply(wide, written.t(), bias, riders, pairs, out, start, stop, add)
             continue
         # One block where a row is multiplied at once.
         blocks = gemm.blocks(depth) if gemm.by_onednn(dtype, x.device) else [(0, wide.shape[1])]
@@ -279,6 +298,21 @@ def _tiled(
             rights.append(tile.t())
         _multiply(wide, rights[0] if len(rights) == 1 else rights, bias, riders, pairs, out, start, stop, add)
     return out
+
+
+def _tile_width(depth: int, outputs: int, transposed: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Outputs of a tile, and of a panel of it."""
+    width = min(outputs, max(_TILE_OUTPUTS, _TILE_BYTES // (dtype.itemsize * max(1, depth)) // _PANEL * _PANEL))
+    return width, _PANEL if transposed and dtype in _LOW and width >= _LONG_ROWS else width
+
+
+def _only_tile(layout: Layout, transposed: bool, dtype: torch.dtype) -> Tensor | None:
+    """Memory for all of the weight's part, if that is one tile: [outputs, depth], or panels if `transposed`."""
+    depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
+    width, panel = _tile_width(depth, outputs, transposed, dtype)
+    if width < outputs or not outputs:
+        return None
+    return _scratch("tile", (-(outputs // -panel), depth, panel) if transposed else (outputs, depth), dtype)
 
 
 def _multiply(

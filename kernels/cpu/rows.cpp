@@ -120,39 +120,50 @@ void narrow_bf16(const float* from, int64_t n, uint16_t* to) {  // as BFloat::na
 
 thread_local Scratch row_scratch;
 
+// Where rows are written: `pitch` elements from row to row. Columns lie in panels of `panel` columns, `panel_stride` elements
+// apart: column j in panel j / panel.
+struct DecodedTile {
+  void* data;
+  int64_t dtype, pitch, panel, panel_stride;
+};
+
+// Row i of the tile = columns c0 .. c1 of row r, rounded once. False without scratch memory.
+bool write_row(const Rows& rows, int64_t r, int64_t c0, int64_t c1, const DecodedTile& tile, int64_t i) {
+  const int64_t n = c1 - c0;
+  if (tile.dtype == F32 && n <= tile.panel) {
+    decode_row(rows, r, c0, c1, static_cast<float*>(tile.data) + i * tile.pitch);
+    return true;
+  }
+  float* row = row_scratch.get<float>(n);
+  if (!row) return false;
+  decode_row(rows, r, c0, c1, row);
+  for (int64_t p = 0, c = 0; c < n; ++p, c += tile.panel) {
+    const int64_t at = p * tile.panel_stride + i * tile.pitch, count = std::min(tile.panel, n - c);
+    if (tile.dtype == F32) std::memcpy(static_cast<float*>(tile.data) + at, row + c, count * sizeof(float));
+    else if (tile.dtype == BF16) narrow_bf16(row + c, count, static_cast<uint16_t*>(tile.data) + at);
+    else
+      for (int64_t k = 0; k < count; ++k) static_cast<uint16_t*>(tile.data)[at + k] = Half::narrow(row[c + k]);
+  }
+  return true;
+}
+
 }  // namespace
 
 extern "C" {
 
-// out[i][j] = (D(Q) + S)[r0 + i][c0 + j], rounded once to out_dtype; `pitch` elements from row to row of out. Columns lie in
-// panels of `panel` columns, `panel_stride` elements apart: column j in panel j / panel.
+// Rows r0 .. r1 and columns c0 .. c1 of D(Q) + S, rounded once to the dtype of `out`, as `DecodedTile` has it.
 int rosa_write_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, void* out, int out_dtype,
                     int64_t pitch, int64_t panel, int64_t panel_stride, int threads) {
-  const int64_t n = c1 - c0;
-  if (n == 0) return 0;
+  if (c1 == c0) return 0;
+  const DecodedTile tile{out, out_dtype, pitch, panel, panel_stride};
   int failed = 0;
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * n / 32768)));
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * (c1 - c0) / 32768)));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t r = r0; r < r1; ++r) {
-    if (out_dtype == F32 && n <= panel) {
-      decode_row(*rows, r, c0, c1, static_cast<float*>(out) + (r - r0) * pitch);
-      continue;
-    }
-    float* row = row_scratch.get<float>(n);
-    if (!row) {
+  for (int64_t r = r0; r < r1; ++r)
+    if (!write_row(*rows, r, c0, c1, tile, r - r0)) {
 #pragma omp atomic write
       failed = 1;
-      continue;
     }
-    decode_row(*rows, r, c0, c1, row);
-    for (int64_t p = 0, c = 0; c < n; ++p, c += panel) {
-      const int64_t at = p * panel_stride + (r - r0) * pitch, count = std::min(panel, n - c);
-      if (out_dtype == F32) std::memcpy(static_cast<float*>(out) + at, row + c, count * sizeof(float));
-      else if (out_dtype == BF16) narrow_bf16(row + c, count, static_cast<uint16_t*>(out) + at);
-      else
-        for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = Half::narrow(row[c + i]);
-    }
-  }
   return failed;
 }
 

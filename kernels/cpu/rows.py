@@ -41,6 +41,13 @@ class _Factor(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("stride_r", ctypes.c_int64))
 
 
+class _Tile(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "pitch", "panel", "panel_stride")),
+    )
+
+
 class _Terms(ctypes.Structure):
     """What a call of `rosa_terms` is about, as terms_low_rank.cpp describes it."""
 
@@ -64,6 +71,7 @@ class _Terms(ctypes.Structure):
         ("values_grad", ctypes.c_void_p),
         ("inner_grad", _Factor),
         ("outer_grad", _Factor),
+        ("tile", _Tile),
         ("threads", ctypes.c_int64),
     )
 
@@ -94,11 +102,7 @@ class Source:
         failed = self._library.rosa_write_rows(
             ctypes.byref(self._rows),
             *region,
-            out.data_ptr(),
-            sparse.DTYPES[out.dtype],
-            out.stride(-2),
-            out.shape[-1],
-            out.stride(0) if out.dim() == 3 else 0,
+            *_tile(out),
             torch.get_num_threads(),
         )
         if failed:
@@ -116,6 +120,7 @@ class Source:
         made: Tensor | None = None,
         other: Tensor | None = None,
         kept: Tensor | None = None,
+        tile: Tensor | None = None,
     ) -> list[Tensor]:
         """out [M, rows] = x [M, columns] times the transpose of that part of S alone; x [M, rows] and out [M, columns] with
         S itself if `transposed`. `pair`: A [R, columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added, or s (x B) A if
@@ -125,6 +130,8 @@ class Source:
         `made` [M, R], contiguous and of x's dtype, becomes s (x Aᵀ) or s (x B). `other`, like out in shape and like x in
         dtype, asks for gradients as well, of the whole weight: those of S's values, [nnz], for each the sum over M of x and
         `other` in its column and row. With `kept`, what the product with `other` left in `made`, those of A and of B follow.
+
+        `tile` becomes that part of D(Q), without S, as `write` has it: the threads are there already.
         """
         call = _Terms(
             *region,
@@ -138,6 +145,8 @@ class Source:
             out.stride(0),
             threads=torch.get_num_threads(),
         )
+        if tile is not None:
+            call.tile = _Tile(*_tile(tile))
         held: list[Any] = []  # what has no other owner until the call is made
         if pair is not None and pair[0].numel() and pair[1].numel():
             A, B, call.scale = pair[0].float(), pair[1].float().t(), pair[2]
@@ -201,6 +210,11 @@ class Source:
         )
         if failed:
             raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
+
+
+def _tile(out: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, dtype, elements from row to row, columns of a panel, elements from panel to panel."""
+    return out.data_ptr(), sparse.DTYPES[out.dtype], out.stride(-2), out.shape[-1], out.stride(0) if out.dim() == 3 else 0
 
 
 def _by_column(matrix: Tensor) -> _Factor:

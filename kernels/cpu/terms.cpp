@@ -115,9 +115,8 @@ void store_left(const float* left, int64_t R, int64_t count, int64_t dtype, void
 // What one thread works with: a panel of x, TILE_ROWS rows of the low-rank product, and for gradients a block of the other
 // matrix and the factors of those of the low-rank part.
 struct Buffers {
-  uint32_t *panel, *block, *left_words, *kept_words;
-  float *left, *copy;
-  uint16_t* rows;
+  uint32_t *panel, *block;
+  float *left, *copy, *left_factor, *kept_factor, *rows;
 
   bool get(const Terms& t, int64_t inputs) {
     const auto need = [](auto& pointer, Scratch& scratch, int64_t count) {
@@ -128,7 +127,7 @@ struct Buffers {
     const int64_t padded = padded_rank(t.R), thin = t.kept ? padded * TILE_ROWS : 0;
     return need(panel, panel_scratch, inputs * TILE_ROWS) && need(left, left_scratch, t.R * TILE_ROWS) &&
            need(copy, right_scratch, t.R * BLOCK) && need(block, other_scratch, t.other ? BLOCK * TILE_ROWS : 0) &&
-           need(rows, rows_scratch, thin * 2) && need(left_words, left_words_scratch, thin) && need(kept_words, kept_scratch, thin);
+           need(rows, rows_scratch, thin) && need(left_factor, left_factor_scratch, thin) && need(kept_factor, kept_scratch, thin);
   }
 };
 
@@ -166,9 +165,7 @@ void terms_tile(const Terms& t, const Entries& e, const Buffers& b, Transpose tr
       }
       for (int g = 0; g < GROUPS; ++g) sums[i][g] = acc[g];
     }
-    if (GRADIENT && t.kept)
-      for (int64_t i = 0; i < count; ++i)
-        factor_gradient<PACKED>(b.block + i * WORDS, b.left_words, padded, chunk.outer + (o + i) * padded);
+    if (GRADIENT && t.kept) factor_gradients<PACKED>(b.block, count, b.left_factor, padded, chunk.outer + o * padded);
     write_block(sums, out, m0, o, count);
   }
   if (GRADIENT) dots.flush();
@@ -196,10 +193,10 @@ void terms_chunk(const Terms& t, const Entries& e, const Buffers& b, Transpose t
     else if (t.R) left_of_panel<PACKED>(t, b.panel, e.inputs, b.left);
     if (t.made && at == 0) store_left(b.left, t.R, used, t.x_dtype, static_cast<char*>(t.made) + m0 * t.R * bytes_of(t.x_dtype));
     if (t.kept) {
-      store_left(b.left, t.R, TILE_ROWS, t.x_dtype, b.rows);
-      transpose({b.rows, t.R, 1, TILE_ROWS}, 0, WORDS / LINE, 0, t.R, nullptr, b.left_words);
-      transpose({t.kept, t.R, 1, t.M}, m0, WORDS / LINE, 0, t.R, nullptr, b.kept_words);
-      for (int64_t i = i0; i < i1; ++i) factor_gradient<PACKED>(b.panel + i * WORDS, b.kept_words, padded, chunk.inner + i * padded);
+      store_left(b.left, t.R, used, t.x_dtype, b.rows);
+      pack_factor<PACKED>(b.rows, t.x_dtype, used, t.R, padded, b.left_factor);
+      pack_factor<PACKED>(static_cast<const char*>(t.kept) + m0 * t.R * bytes_of(t.x_dtype), t.x_dtype, used, t.R, padded, b.kept_factor);
+      factor_gradients<PACKED>(b.panel + i0 * WORDS, i1 - i0, b.kept_factor, padded, chunk.inner + i0 * padded);
     }
     if (t.other) terms_tile<PACKED, true>(t, e, b, transpose, m0, o0, o1, chunk);
     else terms_tile<PACKED, false>(t, e, b, transpose, m0, o0, o1, chunk);
@@ -223,20 +220,31 @@ int rosa_terms(const Rows* rows, const Terms* terms) {
   const int64_t chunks = t.other ? gradients.chunks : tiles;
   // Few chunks are shared out.
   const int64_t parts = chunks >= t.threads ? 1 : (t.threads + std::max<int64_t>(1, chunks) - 1) / std::max<int64_t>(1, chunks);
+  Rows base = *rows;
+  base.values = nullptr;
   int failed = 0;
-#pragma omp parallel for num_threads(int(t.threads)) schedule(dynamic, 1) if (t.threads > 1)
-  for (int64_t task = 0; task < chunks * parts; ++task) {
-    const int64_t chunk = task / parts, at = task % parts;
-    Buffers buffers;
-    if (!buffers.get(t, e.inputs)) {
+  const auto check = [&](bool done) {
+    if (done) return;
 #pragma omp atomic write
-      failed = 1;
-      continue;
+    failed = 1;
+  };
+#pragma omp parallel num_threads(int(t.threads)) if (t.threads > 1)
+  {
+    if (t.tile.data) {
+#pragma omp for schedule(static) nowait
+      for (int64_t r = t.r0; r < t.r1; ++r) check(write_row(base, r, t.c0, t.c1, t.tile, r - t.r0));
     }
-    (packed ? terms_chunk<true> : terms_chunk<false>)(t, e, buffers, transpose, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, at,
-                                                      parts, gradients.sums_of(chunk));
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < chunks * parts; ++task) {
+      const int64_t chunk = task / parts, at = task % parts;
+      Buffers buffers;
+      if (buffers.get(t, e.inputs))
+        (packed ? terms_chunk<true> : terms_chunk<false>)(t, e, buffers, transpose, tiles * chunk / chunks, tiles * (chunk + 1) / chunks,
+                                                          at, parts, gradients.sums_of(chunk));
+      else check(false);
+    }
+    if (t.other) gradients.finish(t, e.origin);  // behind a barrier; of no use where something failed
   }
-  if (t.other && !failed) gradients.finish(t, e.origin);
   return failed;
 }
 

@@ -3,11 +3,11 @@
 // goes through the others in order, so that dS costs its multiply-adds alone, without a second pass over panels. An entry takes
 // two instructions on 64 rows of bf16, and about three to add up the lanes, VL entries at a time.
 //
-// The gradients of the low-rank factors are dot products of the same columns with R thin ones: 2 R + 3 VL instructions for 64
+// The gradients of the low-rank factors are products of the same columns with R thin ones: 2 R multiply-adds of vectors for 64
 // rows of a column. A product of a vendor's library reads the matrix once more for each, and wakes its threads.
 namespace {
 
-thread_local Scratch other_scratch, gradient_scratch, rows_scratch, left_words_scratch, kept_scratch;
+thread_local Scratch other_scratch, gradient_scratch, rows_scratch, left_factor_scratch, kept_scratch;
 
 // Sums of entries that follow one another.
 struct Dots {
@@ -50,21 +50,67 @@ INLINE vf column_dots(const uint32_t* words, const vf* column, const uint32_t* o
   return sum;
 }
 
-// to[r] += the products of a column, as words of its panel, and of each of the factors' columns.
+int64_t padded_rank(int64_t R) { return (R + VL - 1) / VL * VL; }
+
+#if defined(__AVX512BF16__)
+constexpr bool PAIRED = true;
+#else
+constexpr bool PAIRED = false;
+#endif
+
+// A thin factor of TILE_ROWS rows in the order of a panel's words, [words][padded] with zeros behind R: of pairs of bf16 the same
+// pairs, where they are multiplied as such, else fp32 rows. `count` rows [count][R] of `dtype` are there.
 template <bool PACKED>
-INLINE void factor_gradient(const uint32_t* words, const uint32_t* factors, int64_t padded, float* to) {
-  constexpr int WORDS = PACKED ? TILE_ROWS / 2 : TILE_ROWS;
-  vf column[GROUPS];
-  unpack<PACKED>(words, 0, column);  // dropped where pairs are multiplied
-  for (int64_t r = 0; r < padded; r += VL) {
-    vf sums[VL];
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) sums[i] = column_dots<PACKED>(words, column, factors + (r + i) * WORDS);
-    *reinterpret_cast<vf*>(to + r) += lane_sums(sums);
+void pack_factor(const void* rows, int64_t dtype, int64_t count, int64_t R, int64_t padded, float* to) {
+  const bool pairs = PACKED && PAIRED;
+  std::fill(to, to + (pairs ? TILE_ROWS / 2 : TILE_ROWS) * padded, 0.0f);
+  for (int64_t m = 0; m < count; ++m) {
+    if (!pairs) {
+      for (int64_t r = 0; r < R; ++r) to[m * padded + r] = element(rows, dtype, m * R + r);
+      continue;
+    }
+    // The second half of a word is the row LINE below.
+    auto* half = reinterpret_cast<uint16_t*>(to + (m / (2 * LINE) * LINE + m % LINE) * padded) + m / LINE % 2;
+    const auto* from = static_cast<const uint16_t*>(rows) + m * R;
+    for (int64_t r = 0; r < R; ++r) half[2 * r] = from[r];
   }
 }
 
-int64_t padded_rank(int64_t R) { return (R + VL - 1) / VL * VL; }
+constexpr int AT_ONCE = 8;  // columns: every vector of the factor serves them all
+
+// to[i][r] += the products of column i of `count`, as words of a panel, and column r of the factor, for COUNT columns.
+template <bool PACKED, int COUNT>
+INLINE void factor_gradients(const uint32_t* columns, const float* factor, int64_t padded, float* to) {
+  constexpr int WORDS = PACKED ? TILE_ROWS / 2 : TILE_ROWS;
+  for (int64_t r = 0; r < padded; r += VL) {
+    vf acc[COUNT] = {};
+    for (int w = 0; w < WORDS; ++w) {
+      const int low = PACKED && !PAIRED ? w / LINE * 2 * LINE + w % LINE : w;
+      const vf first = *reinterpret_cast<const vf*>(factor + low * padded + r);
+      [[maybe_unused]] const vf second = PACKED && !PAIRED ? *reinterpret_cast<const vf*>(factor + (low + LINE) * padded + r) : vf{};
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) {
+        const uint32_t word = columns[i * WORDS + w];
+        if (!PACKED) acc[i] += bits_float(word) * first;
+#if defined(__AVX512BF16__)
+        else acc[i] = (vf)_mm512_dpbf16_ps((__m512)acc[i], (__m512bh)first, (__m512bh)_mm512_set1_epi32(int(word)));
+#else
+        else acc[i] += bits_float(word << 16) * first + bits_float(word & 0xffff0000u) * second;
+#endif
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) *reinterpret_cast<vf*>(to + i * padded + r) += acc[i];
+  }
+}
+
+template <bool PACKED>
+void factor_gradients(const uint32_t* columns, int64_t count, const float* factor, int64_t padded, float* to) {
+  constexpr int WORDS = PACKED ? TILE_ROWS / 2 : TILE_ROWS;
+  int64_t i = 0;
+  for (; i + AT_ONCE <= count; i += AT_ONCE) factor_gradients<PACKED, AT_ONCE>(columns + i * WORDS, factor, padded, to + i * padded);
+  for (; i < count; ++i) factor_gradients<PACKED, 1>(columns + i * WORDS, factor, padded, to + i * padded);
+}
 
 struct ChunkSums {  // of the values [nnz], in the order of `Entries`, and of the factors [outputs][padded] and [inputs][padded]
   float *values, *outer, *inner;
@@ -90,23 +136,19 @@ struct Gradients {
     return {at, at + (size - (outputs + inputs) * padded), at + (size - inputs * padded)};
   }
 
+  // Shared out among the threads that call it.
   void finish(const Terms& t, const int32_t* origin) const {
-    const int64_t spans = (nnz + SPAN - 1) / SPAN;
-#pragma omp parallel num_threads(int(t.threads)) if (t.threads > 1 && chunks * size > 1 << 16)
-    {
 #pragma omp for schedule(static) nowait
-      for (int64_t span = 0; span < spans; ++span) {
-        const int64_t j0 = span * SPAN, j1 = std::min(nnz, j0 + SPAN);
-        float total[SPAN] = {};
-        for (int64_t c = 0; c < chunks; ++c)
-          for (int64_t j = j0; j < j1; ++j) total[j - j0] += sums[c * size + j];
-        for (int64_t j = j0; j < j1; ++j) t.values_grad[origin ? origin[j] : j] = total[j - j0];
-      }
-      if (padded) {
-        factor_sums(sums_of(0).outer, outputs, t.R, t.outer_grad);
-        factor_sums(sums_of(0).inner, inputs, t.R, t.inner_grad);
-      }
+    for (int64_t span = 0; span < (nnz + SPAN - 1) / SPAN; ++span) {
+      const int64_t j0 = span * SPAN, j1 = std::min(nnz, j0 + SPAN);
+      float total[SPAN] = {};
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t j = j0; j < j1; ++j) total[j - j0] += sums[c * size + j];
+      for (int64_t j = j0; j < j1; ++j) t.values_grad[origin ? origin[j] : j] = total[j - j0];
     }
+    if (!padded) return;
+    factor_sums(sums_of(0).outer, outputs, t.R, t.outer_grad);
+    factor_sums(sums_of(0).inner, inputs, t.R, t.inner_grad);
   }
 
  private:

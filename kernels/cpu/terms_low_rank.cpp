@@ -18,6 +18,8 @@ using MutableFactor = FactorOf<float>;
 // Gradients, where `other` [M, outputs] of x's dtype is given, of the whole weight: values_grad[j] = the sum over M of x in the
 // input of entry j of S times `other` in its output. With `kept` [M, R] of x's dtype also inner_grad [inputs, R] = xᵀ kept, that of
 // `in`, and outer_grad [outputs, R] = otherᵀ scale (x in), that of `right`.
+//
+// `tile`, where given, becomes that part of D(Q): it is written by the threads that are there anyway.
 struct Terms {
   int64_t r0, r1, c0, c1, transposed, M;
   const void* x;
@@ -34,6 +36,7 @@ struct Terms {
   const void* kept;
   float* values_grad;
   MutableFactor inner_grad, outer_grad;
+  DecodedTile tile;
   int64_t threads;
 };
 
