@@ -103,7 +103,7 @@ def joined_product(
     first = source if folded and _is_low(x) else None
     if first is not None:
         folded = []
-        source = _source(x, base, folded, parsed)
+        source = None if first.holds(x.dtype) else first.base_only()
     low_rank = None
     if not folded and _starts_with_low_rank(x, beside, source is None, first is not None):
         first = first or rows.source(parsed.shape, parsed.base.stored(base), None)

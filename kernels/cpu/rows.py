@@ -81,7 +81,7 @@ class Source:
 
     def __init__(self, library: ctypes.CDLL, shape: Shape, stored: Stored, csr: Sequence[Tensor] | None) -> None:
         self._library = library
-        self._tensors = [stored, csr]
+        self._stored, self._csr = stored, csr
         kind = {"int8": _INT8, "4bit": _FOUR_BIT}.get(stored.kind) or sparse.DTYPES[stored.data.dtype]
         self._rows = _Rows(kind, *shape, stored.data.data_ptr(), blocksize=stored.blocksize)
         if stored.scales is not None:
@@ -94,6 +94,14 @@ class Source:
             self.nnz = values.numel()
             self._rows.values, self._rows.values_dtype = values.data_ptr(), sparse.DTYPES[values.dtype]
             self._rows.row_offsets, self._rows.cols = row_offsets.data_ptr(), cols.data_ptr()
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether D(Q) lies in memory as a matrix of that dtype."""
+        return self._stored.kind == "dense" and self._stored.data.dtype == dtype
+
+    def base_only(self) -> Source:
+        """D(Q) without S."""
+        return Source(self._library, (self._rows.N, self._rows.K), self._stored, None)
 
     def write(self, region: Region, out: Tensor) -> None:
         """out = that part of D(Q) + S, summed in float32 and rounded once. out: float32, bfloat16 or float16; rows apart by
