@@ -31,7 +31,7 @@ from rosa_fx.kernels import definition
 from rosa_fx.kernels.cpu import gemm, rows
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.stack import Stack, pieces_of_region
-from rosa_fx.kernels.terms.base import Region, Term
+from rosa_fx.kernels.terms.base import Region, Shape, Term
 
 # Up to so many rows of x the weight is multiplied as it is decoded; beyond, a GEMM makes better use of the registers.
 FEW_ROWS = 64
@@ -47,6 +47,10 @@ _KEPT_BYTES = 64 << 20
 # Up to these ranks the low-rank term of a product in low precision is multiplied in float32; beyond, the GEMM is faster, which
 # needs it beside the weight: in a tile, or in a copy of a whole weight.
 _FP32_RANK, _FP32_RANK_WHOLE = 32, 64
+
+# Elements of a weight up to which products in float32 make the pass of `joined_product` (Zen 5, two cores, 1,024 rows, products
+# and gradients of a layer: 192x576 takes 0.79 of the time, 576x576 0.90, 1536x576 0.96, 2048x2048 1.04).
+_SMALL_WEIGHT = 1 << 20
 
 _LOW = (torch.bfloat16, torch.float16)
 _Weighted = list[tuple[Term, Sequence[Tensor]]]
@@ -100,7 +104,8 @@ def joined_product(
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
         out = _few(flat, bias, source, beside, parsed)
         return Joined(out.view(*x.shape[:-1], out.shape[-1]))
-    first = source if folded and _is_low(x) else None
+    # In float32 S is part of the tile, at no cost, unless there is more to be had from the pass.
+    first = source if folded and (_is_low(x) or left or kept is not None) else None
     if first is not None:
         folded = []
         source = None if first.holds(x.dtype) else first.base_only()
@@ -185,9 +190,18 @@ def _is_low(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _LOW and native(x.dtype)
 
 
-def starts_from_terms(x: Tensor, rows: int, rank: int = 0) -> bool:
-    """Whether a product of so many rows like x, with S and a low-rank term of that rank, makes the pass of `joined_product`."""
-    return _is_low(x) and rows > FEW_ROWS and rank <= _FP32_RANK
+def joins_values(x: Tensor, rows: int) -> bool:
+    """Whether a product of so many rows like x makes a pass from which the gradient of S's values can come."""
+    return _is_low(x) and rows > FEW_ROWS
+
+
+def joins_all(x: Tensor, rows: int, rank: int, shape: Shape) -> bool:
+    """Whether products with S and a low-rank term should make the pass of `joined_product` for all gradients.
+
+    In float32, where S costs nothing in the tile, that pays for small weights: the calls that it saves are as long as the rest.
+    """
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and shape[0] * shape[1] <= _SMALL_WEIGHT
+    return (_is_low(x) or small) and rows > FEW_ROWS and rank <= _FP32_RANK
 
 
 def _starts_with_low_rank(x: Tensor, beside: _Weighted, whole: bool, started: bool) -> bool:
@@ -195,7 +209,7 @@ def _starts_with_low_rank(x: Tensor, beside: _Weighted, whole: bool, started: bo
 
     `whole`: there is no tile with room for its right factor; `started`: there is S, so that the pass is made anyway.
     """
-    if not _is_low(x) or not beside or not (whole or started):
+    if not beside or not (started or (whole and _is_low(x))):
         return False
     pair = beside[0][0].pair(beside[0][1])
     return pair is not None and len(pair[0]) <= (_FP32_RANK_WHOLE if whole else _FP32_RANK)
@@ -271,7 +285,7 @@ def _tiled(
         wide = torch.cat([wide, *(left for left, _ in riders)], dim=1)
         pairs = []
     out = x.new_empty(x.shape[0], outputs) if begin is None else begin
-    add = begin is not None
+    made, add = out, begin is not None
     row, row_stop, column, _ = _region(layout)
     width, panel = _tile_width(depth, outputs, transposed, dtype)
     for start in range(0, outputs, width):
@@ -283,10 +297,10 @@ def _tiled(
                 source.write((row, row_stop, column + start, column + stop), tile)
             for at, part in zip(range(start, stop, panel), tile):
                 end = min(stop, at + panel)
-                _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
+                made = _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
             continue
         if written is not None:
-            _multiply(wide, written.t(), bias, riders, pairs, out, start, stop, add)
+            made = _multiply(wide, written.t(), bias, riders, pairs, out, start, stop, add)
             continue
         # One block where a row is multiplied at once.
         blocks = gemm.blocks(depth) if gemm.by_onednn(dtype, x.device) else [(0, wide.shape[1])]
@@ -296,8 +310,8 @@ def _tiled(
             tile = memory[first:last].view(stop - start, last - first)
             source.write((row + start, row + stop, column + first, column + min(last, depth)), tile)
             rights.append(tile.t())
-        _multiply(wide, rights[0] if len(rights) == 1 else rights, bias, riders, pairs, out, start, stop, add)
-    return out
+        made = _multiply(wide, rights[0] if len(rights) == 1 else rights, bias, riders, pairs, out, start, stop, add)
+    return made if panel >= outputs else out
 
 
 def _tile_width(depth: int, outputs: int, transposed: bool, dtype: torch.dtype) -> tuple[int, int]:
@@ -310,7 +324,8 @@ def _only_tile(layout: Layout, transposed: bool, dtype: torch.dtype) -> Tensor |
     """Memory for all of the weight's part, if that is one tile: [outputs, depth], or panels if `transposed`."""
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     width, panel = _tile_width(depth, outputs, transposed, dtype)
-    if width < outputs or not outputs:
+    pieces = not transposed and gemm.by_onednn(dtype, torch.device("cpu")) and len(gemm.blocks(depth)) > 1
+    if width < outputs or not outputs or pieces:
         return None
     return _scratch("tile", (-(outputs // -panel), depth, panel) if transposed else (outputs, depth), dtype)
 
@@ -325,8 +340,11 @@ def _multiply(
     start: int,
     stop: int,
     add: bool,
-) -> None:
-    """out[:, start:stop] = wide right + bias + pairs; += if `add`. The last rows of `right` are for those of `riders`."""
+) -> Tensor:
+    """out[:, start:stop] = wide right + bias + pairs; += if `add`. The last rows of `right` are for those of `riders`.
+
+    Where that is all of `out`, it may be in the returned tensor instead.
+    """
     row = wide.shape[1]
     for _, thin in reversed(riders):
         assert isinstance(right, Tensor)
@@ -334,11 +352,11 @@ def _multiply(
         right[row : row + len(thin)].copy_(thin[:, start:stop])
     target = out[:, start:stop]
     total = target if wide.dtype == out.dtype else _scratch("out", target.shape, wide.dtype)
-    gemm.product(wide, right, None if bias is None else bias[start:stop].to(wide.dtype), total, add)
+    keep = target.shape != out.shape or total is not target
+    made = gemm.product(wide, right, None if bias is None else bias[start:stop].to(wide.dtype), total, add, keep=keep)
     for left, thin in pairs:
-        total.addmm_(left, thin[:, start:stop])
-    if total is not target:
-        target.copy_(total)
+        made.addmm_(left, thin[:, start:stop])
+    return made if made.dtype == out.dtype else target.copy_(made)
 
 
 def _region(layout: Layout) -> Region:

@@ -1,4 +1,4 @@
-"""Rewrite 4: on the CPU in low precision, gradients of the delta come out of the pass over dy that grad-input makes anyway.
+"""Rewrite 4: on the CPU, gradients of the delta come out of the pass over dy that grad-input makes in low precision anyway.
 
     linear(x) ... linear_t(dy), linear_grads(dy, x)  -> product_with_left(x), product_with_grads(dy, x, left)
     linear_t(dy), linear_grads(dy, x) of S alone     -> product_with_grads(dy, x)
@@ -6,7 +6,7 @@
 Weights stored [in, out] have `linear` and `linear_t`, and the factors of `linear_grads`, exchanged. Conditions: the second
 product is one of the backward pass, which is to say that it depends on a gradient that the graph is given, and has no bias; all
 have the same rows, the same terms and the whole weight, and more rows than are multiplied without a tile. In float32 S is part
-of the decoded weight, and no pass over dy is made for it.
+of the decoded weight, and the pass over dy is made for small weights only.
 
 The first needs a low-rank term of small rank, of which all gradients are asked for, and a product of the forward pass that is
 not computed again in the backward pass: for a thin product alone that would be too much. It goes before thin products are
@@ -41,7 +41,9 @@ def join_all_gradients(graph: Graph) -> int:
     backward: dict[Any, Node] = {}
     for transposed, node, behind in _products(graph):
         delta, rank = _both(node)
-        if delta is None or not composition.starts_from_terms(value(node.args[0]), row_count(node.args[0]), rank):  # type: ignore[arg-type]
+        x: Any = node.args[0]
+        shape = Layout.parse(str(node.args[-1])).shape
+        if delta is None or not composition.joins_all(value(x), row_count(x), rank, shape):  # type: ignore[arg-type]
             continue
         if behind and node.args[1] is None:
             backward[transposed, rows_identity(node.args[0]), delta] = node
@@ -69,7 +71,7 @@ def join_gradients(graph: Graph) -> int:
         delta, key = node.args[3:]
         tensors = _sparse(delta, str(key))
         x: Any = node.args[0]
-        if behind and tensors and node.args[1] is None and composition.starts_from_terms(value(x), row_count(x)):  # type: ignore[arg-type]
+        if behind and tensors and node.args[1] is None and composition.joins_values(value(x), row_count(x)):  # type: ignore[arg-type]
             products[transposed, rows_identity(x), tensors] = node
     pairs: list[tuple[Node, Node, bool]] = []
     for node in graph.find_nodes(op="call_function", target=ops.linear_grads.default) if products else ():

@@ -22,18 +22,25 @@ _LONGEST_SUM = 1024
 
 
 def product(
-    left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
+    left: Tensor,
+    right: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+    *,
+    keep: bool = True,
 ) -> Tensor:
     """left @ right + bias [M, N] of left [M, K], right [K, N] and bias [N], all of one dtype; in `out` (any strides) if given.
 
-    `add`: to what `out` holds, in low precision; the sums start from there and are rounded once.
+    `add`: to what `out` holds; the sums start from there and are rounded once. Without `keep` the result may be in memory of
+    its own instead, which spares a copy where the library writes no given memory.
 
     `right` may be given as its rows in `blocks(K)`, which spares a copy where they do not lie like that in one tensor.
     Not differentiable where `out` is given or oneDNN is used: for the bodies of operators.
     """
     if by_onednn(left.dtype, left.device) and left.numel() and out_columns(right):
-        made = _onednn(left, right, bias)
-        return made if out is None else out.copy_(made)
+        made = _onednn(left, right, bias, out if add else None)
+        return made if out is None or not keep else out.copy_(made)
     if not isinstance(right, Tensor):
         right = torch.cat(list(right))
     if add:
@@ -57,9 +64,9 @@ def blocks(depth: int) -> list[tuple[int, int]]:
     return [(start, min(depth, start + _LONGEST_SUM)) for start in range(0, depth, _LONGEST_SUM)]
 
 
-def _onednn(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None) -> Tensor:
+def _onednn(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None, start_from: Tensor | None) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
-    total: Tensor | None = None
+    total = None if start_from is None else start_from.contiguous()
     for index, (start, stop) in enumerate(blocks(left.shape[1])):
         part = right[start:stop] if isinstance(right, Tensor) else right[index]
         if not (part.is_contiguous() or part.t().is_contiguous()):
@@ -68,7 +75,7 @@ def _onednn(left: Tensor, right: Tensor | Sequence[Tensor], bias: Tensor | None)
         if total is None:
             total = linear(left[:, start:stop], part.t(), bias, "none", [], "")
         else:
-            total = linear.binary(left[:, start:stop], total, part.t(), None, "add")
+            total = linear.binary(left[:, start:stop], total, part.t(), None if start else bias, "add")
     assert total is not None
     return total
 
