@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 import rosa_fx
-from rosa_fx.kernels import ops
+from rosa_fx.kernels import composition, ops
 from rosa_fx.kernels.inductor import capture_backend
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.registry import term
@@ -27,6 +27,12 @@ aten = torch.ops.aten
 SPEC = {"base": "nf4", "rank": 4, "density": 0.1}
 FUSED = {"linear": 6, "linear_t": 6, "linear_grads": 6, "dense": 0}
 SHARED = {"stacked": 2, "reused": 12, "gradients": 2}
+
+
+@pytest.fixture(autouse=True)
+def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small weights on the CPU go another way, see test_join_gradients.py; this is what all others take."""
+    monkeypatch.setattr(composition, "joins_all", lambda *args: False)
 
 
 class Block(nn.Module):

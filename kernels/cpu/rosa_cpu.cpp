@@ -34,6 +34,7 @@
 #include "few.cpp"
 #include "terms_panel.cpp"
 #include "terms_low_rank.cpp"
+#include "terms_pairs.cpp"
 #include "terms_gradient.cpp"
 #include "terms.cpp"
 #include "thin.cpp"

@@ -157,7 +157,7 @@ class Source:
             call.tile = _Tile(*_tile(tile))
         held: list[Any] = []  # what has no other owner until the call is made
         if pair is not None and pair[0].numel() and pair[1].numel():
-            A, B, call.scale = pair[0].float(), pair[1].float().t(), pair[2]
+            A, B, call.scale = _adjacent(pair[0].float()), _adjacent(pair[1].float()).t(), pair[2]
             held += [A, B]
             call.R = len(A)
             call.inner, call.outer = map(_by_column, (B, A) if transposed else (A, B))  # [R, inputs] and [R, outputs]
@@ -228,6 +228,11 @@ def _tile(out: Tensor) -> tuple[int, int, int, int, int]:
 def _by_column(matrix: Tensor) -> _Factor:
     """A float32 matrix [R, elements] for the kernels."""
     return _Factor(matrix.data_ptr(), matrix.stride(1), matrix.stride(0))
+
+
+def _adjacent(matrix: Tensor) -> Tensor:
+    """With elements of a row or of a column adjacent."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def _wide(matrix: Tensor) -> Tensor:

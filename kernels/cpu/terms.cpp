@@ -115,7 +115,8 @@ void store_left(const float* left, int64_t R, int64_t count, int64_t dtype, void
 // What one thread works with: a panel of x, TILE_ROWS rows of the low-rank product, and for gradients a block of the other
 // matrix and the factors of those of the low-rank part.
 struct Buffers {
-  uint32_t *panel, *block;
+  uint32_t *panel, *block, *left_pairs;
+  uint16_t* narrow;
   float *left, *copy, *left_factor, *kept_factor, *rows;
 
   bool get(const Terms& t, int64_t inputs) {
@@ -125,8 +126,9 @@ struct Buffers {
       return !count || pointer;
     };
     const int64_t padded = padded_rank(t.R), thin = t.kept ? padded * TILE_ROWS : 0;
-    return need(panel, panel_scratch, inputs * TILE_ROWS) && need(left, left_scratch, t.R * TILE_ROWS) &&
-           need(copy, right_scratch, t.R * BLOCK) && need(block, other_scratch, t.other ? BLOCK * TILE_ROWS : 0) &&
+    return need(panel, panel_scratch, inputs * TILE_ROWS) && need(left_pairs, left_pairs_scratch, (t.R + 1) / 2 * TILE_ROWS) &&
+           need(narrow, narrow_scratch, t.R * narrow_pitch(inputs)) && need(left, left_scratch, t.R * TILE_ROWS) &&
+           need(copy, right_scratch, (t.R + 1) * BLOCK) && need(block, other_scratch, t.other ? BLOCK * TILE_ROWS : 0) &&
            need(rows, rows_scratch, thin) && need(left_factor, left_factor_scratch, thin) && need(kept_factor, kept_scratch, thin);
   }
 };
@@ -146,7 +148,8 @@ void terms_tile(const Terms& t, const Entries& e, const Buffers& b, Transpose tr
   if (GRADIENT) dots.to = chunk.values + (e.offsets ? e.offsets[o0] : 0);
   for (int64_t o = o0; o < o1; o += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, o1 - o);
-    if (t.R) low_rank_sums(t, b.left, b.copy, o, count, sums);
+    if (t.R && PACKED && PAIRS_OF_RANKS) low_rank_sums_of_pairs(t, b.left_pairs, reinterpret_cast<uint32_t*>(b.copy), o, count, sums);
+    else if (t.R) low_rank_sums(t, b.left, b.copy, o, count, sums);
     else std::memset(sums, 0, sizeof sums);
     if (GRADIENT && (t.kept || (e.offsets && e.offsets[o] < e.offsets[o + count])))
       transpose(other, m0, WORDS / LINE, o, o + count, nullptr, b.block);
@@ -186,11 +189,15 @@ void terms_chunk(const Terms& t, const Entries& e, const Buffers& b, Transpose t
     std::fill(chunk.outer + o0 * padded, chunk.outer + o1 * padded, 0.0f);
     std::fill(chunk.inner + i0 * padded, chunk.inner + i1 * padded, 0.0f);
   }
+  const bool by_rows = PACKED && PAIRS_OF_RANKS && t.R && !t.left && t.x_stride_k == 1 && (t.in.stride == 1 || t.in.stride_r == 1);
+  if (by_rows) narrow_inner(t, e.inputs, narrow_pitch(e.inputs), b.narrow);
   for (int64_t tile = t0; tile < t1; ++tile) {
     const int64_t m0 = tile * TILE_ROWS, used = std::min<int64_t>(TILE_ROWS, t.M - m0);
-    if (e.offsets || (t.R && !t.left)) transpose(x, m0, WORDS / LINE, 0, e.inputs, nullptr, b.panel);
+    if (e.offsets || t.kept || (t.R && !t.left && !by_rows)) transpose(x, m0, WORDS / LINE, 0, e.inputs, nullptr, b.panel);
     if (t.left) given_left(t, m0, b.left);
+    else if (by_rows) left_of_rows(t, b.narrow, narrow_pitch(e.inputs), e.inputs, m0, used, b.left);
     else if (t.R) left_of_panel<PACKED>(t, b.panel, e.inputs, b.left);
+    if (PACKED && PAIRS_OF_RANKS && t.R) pair_left(b.left, t.R, b.left_pairs);
     if (t.made && at == 0) store_left(b.left, t.R, used, t.x_dtype, static_cast<char*>(t.made) + m0 * t.R * bytes_of(t.x_dtype));
     if (t.kept) {
       store_left(b.left, t.R, used, t.x_dtype, b.rows);

@@ -1,7 +1,7 @@
 // The low-rank part of what a product starts from: both of its products in fp32, out of a panel of x and into the sums.
 namespace {
 
-thread_local Scratch left_scratch, right_scratch;
+thread_local Scratch left_scratch, right_scratch, left_pairs_scratch, narrow_scratch;
 
 template <class T>
 struct FactorOf {  // element (i, r) lies at data[i * stride + r * stride_r]
@@ -93,6 +93,8 @@ void low_rank_sums(const Terms& t, const float* left, float* copy, int64_t o0, i
       for (int g = 0; g < GROUPS; ++g) sums[o + i][g] = acc[i][g];
   }
 }
+
+int64_t narrow_pitch(int64_t inputs) { return (inputs + 2 * VL - 1) / (2 * VL) * 2 * VL; }
 
 int64_t bytes_of(int64_t dtype) { return dtype == F32 ? 4 : 2; }
 
