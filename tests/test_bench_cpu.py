@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
 
-from benchmarks import app, common, decode, layer, memory, model, scaling  # noqa: E402
+from benchmarks import app, common, decode, layer, memory, model, parts, scaling  # noqa: E402
 
 
 def invoke(tmp_path: Path, *arguments: str, code: int = 0) -> list[dict[str, str]]:
@@ -49,6 +49,23 @@ def test_layer(tmp_path: Path) -> None:
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(float(row["x floor"]) == 1.0 for row in rows if row["peer"] == layer.FLOOR)
     assert "CPU: " in (tmp_path / "layer.md").read_text(encoding="utf-8")
+
+
+def test_parts_of_a_layer_add_up(tmp_path: Path) -> None:
+    arguments = ["parts", "--shape", "64x128", "--rows", "70", "--rounds", "1", "--no-compiled", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app.app, arguments)
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "parts.csv").open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    for dtype in ("float32", "bfloat16"):
+        for label in parts.BASES.values():
+            times = {row["part"]: row for row in rows if (row["dtype"], row["layer"]) == (dtype, label)}
+            assert {"all", "GEMM", parts.REST} <= times.keys()
+            whole = times.pop("all")
+            for direction in ("forward", "backward"):
+                found = sum(float(row[direction]) for row in times.values())
+                assert found == pytest.approx(float(whole[direction]), abs=0.05)  # each is rounded to 0.01 ms
+    assert parts.composition.gemm.product.__name__ == "product"  # nothing is watched any more
 
 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ What the numbers mean is not generated: `conclusions.md` in the same folder is p
 from __future__ import annotations
 
 import platform
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accuracy_study import choices_report, grid, known_answer_report, task_report
@@ -52,6 +53,15 @@ tables; both with the number of runs they are a mean of. Merged: the loss after 
 {runs} runs; what is not in the table was not run, and a loss without ± is one seed's.
 
 ![loss against cost](task.png)
+"""
+
+OTHER = """### The same under other settings
+
+```bash
+{command}
+```
+
+{runs} runs, with {train_rows} rows to train on and masks by `{schedule}`.
 """
 
 COST = """Memory is what training keeps between steps: weights, masks and adapters as stored, and float32 gradients and both
@@ -115,22 +125,38 @@ def _task(folder: Path) -> list[str]:
     rows = _rows(folder, "task")
     if not rows:
         return []
-    # Runs under other settings cannot be compared: the most frequent setting is reported.
-    most = Counter(str(row["key"]["setting"]) for row in rows).most_common(1)[0][0]
-    rows = [row for row in rows if str(row["key"]["setting"]) == most]
-    setting = rows[0]["key"]["setting"]
-    options = [f"--{name.replace('_', '-')} {value}" for name, value in setting.items() if name not in ("model", "data")]
-    command = f"python examples/accuracy.py task --data {setting['data']} " + " ".join(options)
+    # Runs under different settings cannot be compared: a section for each, the most frequent first.
+    by_setting: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_setting[str(row["key"]["setting"])].append(row)
+    rows, *others = sorted(by_setting.values(), key=len, reverse=True)
     planned = {method.name: len(grid.Cell(method.name, "", "").learning_rates) for method in METHODS}
     cells = task_report.cells_of(rows, planned)
     costs = _rows(folder, "cost")
     task_report.draw(cells, costs, folder / "task.png")
-    text = TASK.format(command=command, runs=len(rows), share=grid.SPARSE_SHARE, large=task_report.ranks(cells), **setting)
-    parts = [text, "\n".join(task_report.table(cells)), ""]
-    if any(cell.method == "rosa 1/2" and cell.tuned for cell in cells):
-        parts += ["Seed by seed (positive: worse than RoSA):", "", "\n".join(task_report.paired(cells)), ""]
+    large = task_report.ranks(cells)
+    setting, command = _command(rows)
+    text = TASK.format(command=command, runs=len(rows), share=grid.SPARSE_SHARE, large=large, **setting)
+    parts = [text, *_tables(cells)]
+    for more in others:
+        setting, command = _command(more)
+        parts += [OTHER.format(command=command, runs=len(more), **setting), *_tables(task_report.cells_of(more, planned))]
     if costs:
         parts.append(COST.format(rows="\n".join(task_report.cost_rows(costs))))
+    return parts
+
+
+def _command(rows: list[Row]) -> tuple[dict[str, Any], str]:
+    """The setting of rows that share it, and the command that makes them."""
+    setting = rows[0]["key"]["setting"]
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in setting.items() if name not in ("model", "data")]
+    return setting, f"python examples/accuracy.py task --data {setting['data']} " + " ".join(options)
+
+
+def _tables(cells: list[task_report.Found]) -> list[str]:
+    parts = ["\n".join(task_report.table(cells)), ""]
+    if any(cell.method == "rosa 1/2" and cell.tuned for cell in cells):
+        parts += ["Seed by seed (positive: worse than RoSA):", "", "\n".join(task_report.paired(cells)), ""]
     return parts
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from benchmarks import cold, common, decode, layer, memory, model, scaling
+from benchmarks import cold, common, decode, layer, memory, model, parts, scaling
 from benchmarks.common import Part, console
 
 app = typer.Typer(help="Speed and memory of QRoSA on the CPU against its peers.", add_completion=False)
@@ -104,6 +104,21 @@ def layer_command(
     shapes = [shape_of(s) for s in shape]
     measure = lambda: layer.run(shapes, rows, dtypes_of(dtype), rounds, compile_ours=compiled)  # noqa: E731
     leave(finish(measure, out, check, tries, name))
+
+
+@app.command("parts")
+def parts_command(
+    shape: Shapes = ["4096x4096"],  # noqa: B006
+    rows: Rows = [512, 2048],  # noqa: B006
+    dtype: Dtypes = ["float32", "bfloat16"],  # noqa: B006
+    rounds: Rounds = 9,
+    out: Out = OUT,
+    name: Name = "",
+    compiled: Annotated[bool, typer.Option(help="Compile the layers of rosa_fx.")] = True,
+) -> None:
+    """What the time of one layer is spent on. There are no bars."""
+    shapes = [shape_of(s) for s in shape]
+    finish(lambda: parts.run(shapes, rows, dtypes_of(dtype), rounds, compile_ours=compiled), out, False, 1, name)
 
 
 @app.command("model")
