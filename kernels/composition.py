@@ -20,6 +20,7 @@ float32's speed, so that widening pays although it decodes twice the bytes; the 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -165,6 +166,7 @@ def _stacked_product(
     return total.to(x.dtype)
 
 
+@functools.cache
 def native(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of `dtype` at least as fast as float32 ones."""
     cpu = torch.cpu

@@ -16,6 +16,7 @@ from benchmarks.reference import replace_linears
 from rosa_fx.state import state_of
 
 LORA, LORA_COMPILED = "PEFT LoRA, eager", "PEFT LoRA, compiled"
+FLOOR = "floor: frozen model, compiled"
 QLORA, QLORA_COMPILED = "QLoRA, eager", "QLoRA, compiled"
 REFERENCE, QROSA = "reference RoSA NF4 (transcribed), eager", "QRoSA, compiled"
 LOW_RANK, MASK = "QRoSA before its masks, compiled", "QRoSA mask step, compiled"
@@ -64,7 +65,10 @@ def transformed(model: nn.Module, masked: bool = True) -> nn.Module:
 def build(peer: str, name: str, dtype: torch.dtype, base: nn.Module | None = None, compiled: bool = True) -> nn.Module:
     """A peer's model, from a copy of `base` if given. LoRA as PEFT sets it up: on all linears but the head."""
     model = load(name, dtype) if base is None else copy.deepcopy(base)
-    if peer in (LORA, LORA_COMPILED):
+    if peer == FLOOR:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()  # type: ignore[operator]  # gradients go back to the embeddings and into no weight
+    elif peer in (LORA, LORA_COMPILED):
         model = layer.with_lora(model, RANK)
     elif peer in (QLORA, QLORA_COMPILED):
         model = layer.with_lora(quantised(model, dtype), RANK)
@@ -73,7 +77,7 @@ def build(peer: str, name: str, dtype: torch.dtype, base: nn.Module | None = Non
         model = replace_linears(model.requires_grad_(False), source)
     else:
         model = transformed(model, masked=peer == QROSA)
-    if compiled and peer in (LORA_COMPILED, QLORA_COMPILED, QROSA, LOW_RANK, MASK):
+    if compiled and peer in (FLOOR, LORA_COMPILED, QLORA_COMPILED, QROSA, LOW_RANK, MASK):
         rosa_fx.compile_blocks(model)
     return model
 
@@ -90,7 +94,7 @@ def training_step(model: nn.Module, data: dict[str, Tensor], mask: bool = False)
     With `mask`, a step that collects gradients and makes the masks, which are then forgotten.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True) if parameters else None
 
     def run() -> float:
         schedule = rosa_fx.MaskSchedule(model, "wl0", micro_batches=1) if mask else None
@@ -98,8 +102,9 @@ def training_step(model: nn.Module, data: dict[str, Tensor], mask: bool = False)
             schedule.begin_step()
         loss = model(**data).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if schedule:
             schedule.end_step()
             for weight in state_of(model).weights.values():
@@ -132,9 +137,10 @@ def run(
     part.notes = [
         f"{tokens[0]}x{tokens[1]} tokens, rank {RANK}, {DENSITY:.1%} sparse, NF4 in blocks of 64, all linears but the head, "
         "AdamW (fused). Compiled: `rosa_fx.compile_blocks` for every peer. The mask step makes its masks; it is compared with "
-        "a step of the phase before them, low-rank only."
+        "a step of the phase before them, low-rank only. The floor trains nothing: y and dx of every weight, and what is "
+        "between them."
     ]
-    peers = [LORA, LORA_COMPILED, QLORA, QLORA_COMPILED, REFERENCE, QROSA, LOW_RANK, MASK]
+    peers = [FLOOR, LORA, LORA_COMPILED, QLORA, QLORA_COMPILED, REFERENCE, QROSA, LOW_RANK, MASK]
     for name in names:
         for kind in dtypes:
             dtype = common.DTYPES[kind]

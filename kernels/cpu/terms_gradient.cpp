@@ -116,6 +116,8 @@ struct ChunkSums {  // of the values [nnz], in the order of `Entries`, and of th
   float *values, *outer, *inner;
 };
 
+constexpr int64_t CHUNK_WORK = int64_t(1) << 24;  // multiply-adds: what has less is not worth sums of its own
+
 // Sums over M by chunks, each in order: their number goes by the shape alone, so that no sum depends on the number of threads.
 struct Gradients {
   int64_t chunks = 1, nnz = 0, outputs = 0, inputs = 0, padded = 0, size = 0;
@@ -125,8 +127,9 @@ struct Gradients {
     if (!t.other) return true;
     nnz = entries, outputs = to, inputs = from, padded = t.kept ? padded_rank(t.R) : 0;
     size = (nnz + VL - 1) / VL * VL + (outputs + inputs) * padded;
+    const int64_t work = t.M * (nnz + 2 * padded * (outputs + inputs));
     chunks = 8;
-    while (chunks > 1 && (2 * chunks > tiles || (chunks - 1) * size > PARTIAL_LIMIT)) chunks /= 2;
+    while (chunks > 1 && (2 * chunks > tiles || (chunks - 1) * size > PARTIAL_LIMIT || work < chunks * CHUNK_WORK)) chunks /= 2;
     sums = gradient_scratch.get<float>(chunks * size + 1);
     return sums;
   }
