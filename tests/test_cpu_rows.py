@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rosa_fx.errors import RosaError
-from rosa_fx.kernels import composition, ops
+from rosa_fx.kernels import composition, ops, tiles
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.cpu import gemm, rows
 from rosa_fx.kernels.layout import Layout
@@ -202,9 +202,9 @@ def test_tiles_few_rows_and_the_whole_weight_agree(
                 if how == "whole":
                     patch.setattr(composition, "_source", lambda *a: None)
                 patch.setattr(composition, "FEW_ROWS", 64 if how == "few" else 0)
-                patch.setattr(composition, "_TILE_BYTES", 1)
-                patch.setattr(composition, "_TILE_OUTPUTS", 13)
-                patch.setattr(composition, "_PANEL", 5)
+                patch.setattr(tiles, "_TILE_BYTES", 1)
+                patch.setattr(tiles, "_TILE_OUTPUTS", 13)
+                patch.setattr(tiles, "_PANEL", 5)
                 y = ops.linear(x, bias, case.base, case.delta, layout.key)
                 results.append((y, ops.linear_t(dy, bias_t, case.base, case.delta, layout.key)))
         wide = case.layout64 if region is None else case.layout64.part(region)
@@ -236,13 +236,13 @@ def plain_weights(case: Any, layout: Layout, transposed: bool = False) -> list[T
 
 
 def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = composition._scratch("test", (3, 5), torch.float32)
-    assert composition._scratch("test", (2, 4), torch.bfloat16).data_ptr() == first.data_ptr()
-    monkeypatch.setattr(composition, "_KEPT_BYTES", 8)
-    assert composition._scratch("test", (3, 5), torch.float32).data_ptr() != first.data_ptr()
+    first = tiles.scratch("test", (3, 5), torch.float32)
+    assert tiles.scratch("test", (2, 4), torch.bfloat16).data_ptr() == first.data_ptr()
+    monkeypatch.setattr(tiles, "_KEPT_BYTES", 8)
+    assert tiles.scratch("test", (3, 5), torch.float32).data_ptr() != first.data_ptr()
     with torch.inference_mode():
-        composition._scratch("test inference", (2,), torch.float32)
-    composition._scratch("test inference", (2,), torch.float32).add_(1)
+        tiles.scratch("test inference", (2,), torch.float32)
+    tiles.scratch("test inference", (2,), torch.float32).add_(1)
 
 
 @FUZZ
