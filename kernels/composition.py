@@ -93,13 +93,13 @@ def joined_product(
         out = _few(flat, bias, source, beside, parsed)
         return Joined(out.view(*x.shape[:-1], out.shape[-1]))
     # In float32 S is part of the tile, at no cost, unless there is more to be had from the pass.
-    joins = x.dtype == torch.float32 and (left or kept is not None)
-    first = source if folded and (_is_low(x) or joins) else None
+    starts = _is_low(x) or (x.dtype == torch.float32 and (left or kept is not None))
+    first = source if folded and starts else None
     if first is not None:
         folded = []
         source = None if first.holds(x.dtype) else first.base_only()
     low_rank = None
-    if not folded and _starts_with_low_rank(x, beside, source is None, first is not None):
+    if not folded and starts and _starts_with_low_rank(beside, source is None):
         first = first or rows.source(parsed.shape, parsed.base.stored(base), None)
         low_rank = beside.pop(0) if first is not None else None
     started = _Started()
@@ -214,7 +214,7 @@ def joins_values(x: Tensor, rows: int) -> bool:
 
 
 def joins_all(x: Tensor, rows: int, rank: int, shape: Shape) -> bool:
-    """Whether products with S and a low-rank term should make the pass of `joined_product` for all gradients.
+    """Whether products with a low-rank term, and maybe S, should make the pass of `joined_product` for all gradients.
 
     In float32, where S costs nothing in the tile, that pays for small weights: the calls that it saves are as long as the rest.
     """
@@ -222,14 +222,12 @@ def joins_all(x: Tensor, rows: int, rank: int, shape: Shape) -> bool:
     return (_is_low(x) or small) and rows > FEW_ROWS and rank <= _FP32_RANK
 
 
-def _starts_with_low_rank(x: Tensor, beside: Weighted, whole: bool, started: bool) -> bool:
+def _starts_with_low_rank(beside: Weighted, whole: bool) -> bool:
     """Whether the first term is among those from which the product starts.
 
-    `whole`: there is no tile with room for its right factor; `started`: there is S, so that the pass is made anyway.
+    `whole`: there is no tile with room for its right factor.
     """
-    if not beside or not (started or (whole and _is_low(x))):
-        return False
-    pair = beside[0][0].pair(beside[0][1])
+    pair = beside[0][0].pair(beside[0][1]) if beside else None
     return pair is not None and len(pair[0]) <= (_FP32_RANK_WHOLE if whole else _FP32_RANK)
 
 
@@ -258,7 +256,7 @@ def _whole(
         else:
             right = torch.cat([weight, *(thin.t() for _, thin in pairs)], dim=1).t()
         pairs = []
-    out = gemm.product(x, right, None if bias is None else bias.to(x.dtype), begin, begin is not None)
+    out = gemm.product(x, right, None if bias is None else bias.to(x.dtype), begin, begin is not None, keep=False)
     for left, thin in pairs:
         out.addmm_(left, thin)
     return out

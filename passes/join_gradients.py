@@ -40,7 +40,7 @@ def join_all_gradients(graph: Graph) -> int:
     forward: dict[Any, Node] = {}
     backward: dict[Any, Node] = {}
     for transposed, node, behind in _products(graph):
-        delta, rank = _both(node)
+        delta, rank = _terms(node)
         x: Any = node.args[0]
         shape = Layout.parse(str(node.args[-1])).shape
         if delta is None or not composition.joins_all(value(x), row_count(x), rank, shape):  # type: ignore[arg-type]
@@ -51,8 +51,9 @@ def join_all_gradients(graph: Graph) -> int:
             forward[transposed, rows_identity(node.args[0]), delta] = node
     found: list[tuple[Node, Node, Node, bool]] = []
     for node in graph.find_nodes(op="call_function", target=ops.linear_grads.default) if forward and backward else ():
-        delta, _ = _both(node)
-        if delta is None or len({item.args[1] for item in node.users if item.users}) < 3:
+        delta, _ = _terms(node)
+        wanted = {item.args[1] for item in node.users if item.users}
+        if delta is None or len(wanted) < len(Layout.parse(str(node.args[-1])).trainable):
             continue
         dy, x = map(rows_identity, node.args[:2])
         for transposed, first, second in ((True, x, dy), (False, dy, x)):
@@ -100,11 +101,12 @@ def _products(graph: Graph) -> Iterator[tuple[bool, Node, bool]]:
             yield node.target is ops.linear_t.default, node, node in behind
 
 
-def _both(node: Node) -> tuple[tuple[Node, ...] | None, int]:
-    """The tensors of a whole weight with one low-rank and one sparse term and nothing else, and the rank."""
+def _terms(node: Node) -> tuple[tuple[Node, ...] | None, int]:
+    """The tensors of a whole weight with one low-rank term, at most one sparse one, and nothing else; and the rank."""
     delta: Any = node.args[-2]
     layout = Layout.parse(str(node.args[-1]))
-    if sorted(item.kind for item in layout.terms) != [LowRank.kind, Sparse.kind] or layout.region or layout.stack > 1:
+    kinds = sorted(item.kind for item in layout.terms)
+    if kinds not in ([LowRank.kind], [LowRank.kind, Sparse.kind]) or layout.region or layout.stack > 1:
         return None, 0
     ((A, *_),) = (own for item, own in layout.split(delta) if type(item) is LowRank)
     rank = int(value(A).shape[0])  # type: ignore[union-attr]
