@@ -183,7 +183,9 @@ void terms_chunk(const Terms& t, const Entries& e, const Buffers& b, Transpose t
   const Matrix x{t.x, t.x_stride_m, t.x_stride_k, t.M};
   const int64_t blocks = (e.outputs + BLOCK - 1) / BLOCK, padded = padded_rank(t.R);
   const int64_t o0 = blocks * at / parts * BLOCK, o1 = std::min(e.outputs, blocks * (at + 1) / parts * BLOCK);
-  const int64_t i0 = e.inputs * at / parts, i1 = e.inputs * (at + 1) / parts;
+  // In whole groups: code for one column may round other sums than code for several.
+  const int64_t groups = (e.inputs + AT_ONCE - 1) / AT_ONCE;
+  const int64_t i0 = std::min(e.inputs, groups * at / parts * AT_ONCE), i1 = std::min(e.inputs, groups * (at + 1) / parts * AT_ONCE);
   if (chunk.values && e.offsets) std::fill(chunk.values + e.offsets[o0], chunk.values + e.offsets[o1], 0.0f);
   if (t.kept) {
     std::fill(chunk.outer + o0 * padded, chunk.outer + o1 * padded, 0.0f);
