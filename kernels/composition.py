@@ -87,7 +87,7 @@ def joined_product(
         for item, tensors in terms
         if not item.folds
     ]
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = definition.flat(x)
     source = _source(x, base, folded, parsed)
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
         out = _few(flat, bias, source, beside, parsed)
@@ -152,7 +152,7 @@ def _start(
     if left and pair is not None:
         made = x.new_empty(x.shape[0], len(pair[0]))
     if other is not None and layout.region is None and other.dtype == x.dtype and (first.nnz or pair):
-        other = other if other.dim() == 2 else other.reshape(-1, other.shape[-1])
+        other = definition.flat(other)
     else:
         other = None
     if pair is None:

@@ -140,6 +140,11 @@ def compare(what: str, exact: Tensor, ours: Tensor, plain: Tensor) -> None:
         raise SystemExit(f"{what}: RMS error {error:.3e} against float64, {allowed:.3e} allowed; nothing is timed")
 
 
+def random_weight(shape: tuple[int, int]) -> Tensor:
+    """[N, K], of variance 1 / K; the same for every part."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5
+
+
 def random_masks(model: nn.Module, density: float, clustered: bool = False, seed: int = 0) -> dict[str, rosa_fx.Mask]:
     """One mask per rewritten weight: uniformly random, or with a quarter of the rows and of the columns favoured."""
     from rosa_fx.kernels.cpu.sparse import select_topk

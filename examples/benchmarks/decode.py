@@ -33,7 +33,7 @@ def run(
         "result: the peer multiplies float32 rows in bfloat16 where the processor has that, and rosa_fx in float32."
     ]
     for shape in shapes:
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5
+        weight = common.random_weight(shape)
         for kind in dtypes:
             dtype = common.DTYPES[kind]
             ours = layer.rosa(weight, dtype, "nf4", rank, density).eval()

@@ -120,7 +120,7 @@ def run(
         "algorithm. Ratios are medians over rounds of the ratio within a round."
     ]
     for shape in shapes:
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5
+        weight = common.random_weight(shape)
         for name in dtypes:
             for count in rows:
                 _one(part, weight, common.DTYPES[name], count, rounds, rank, density, compile_ours)

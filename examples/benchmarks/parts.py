@@ -69,7 +69,7 @@ def run(
         "makes the gradients; so it does in float32 for small weights."
     ]
     for shape in shapes:
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5
+        weight = common.random_weight(shape)
         for kind in dtypes:
             dtype = common.DTYPES[kind]
             models = {label: layer.rosa(weight, dtype, base, rank, density) for base, label in BASES.items()}

@@ -5,12 +5,9 @@ namespace {
 // totals[i][m] = the lanes of sums[i][m] in one, 16 at a time.
 void few_totals(const __m512* sums, int64_t count, float* totals) {
   for (int64_t f = 0; f < count; f += VL) {
-    vu square[VL];
-    for (int i = 0; i < VL; ++i) square[i] = (vu)sums[f + i];
-    transpose_square(square);
-    for (int half = VL / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) square[i] = (vu)((vf)square[i] + (vf)square[i + half]);
-    _mm512_storeu_ps(totals + f, (__m512)square[0]);
+    vf vectors[VL];
+    for (int i = 0; i < VL; ++i) vectors[i] = (vf)sums[f + i];
+    _mm512_storeu_ps(totals + f, (__m512)lane_sums(vectors));
   }
 }
 

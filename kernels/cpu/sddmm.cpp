@@ -287,12 +287,7 @@ int rosa_sddmm(const void* dy, int dy_dtype, int64_t dy_stride_m, int64_t dy_str
   const int64_t nnz = row_offsets[N];
   if (nnz == 0) return 0;
   if (M == 0) { std::fill(out, out + nnz, 0.0f); return 0; }
-#if defined(__AVX512BF16__)
-  constexpr bool pairs = true;
-#else
-  constexpr bool pairs = false;
-#endif
-  const Words words = x_dtype != BF16 ? SINGLE : pairs && dy_dtype == BF16 ? PAIRS : PAIRS_OF_X;
+  const Words words = x_dtype != BF16 ? SINGLE : PAIRED && dy_dtype == BF16 ? PAIRS : PAIRS_OF_X;
   Sddmm s{{dy, dy_stride_m, dy_stride_n, M}, {x, x_stride_m, x_stride_k, M}, N, K, row_offsets, cols,
           pick_transpose(dy_dtype, words == PAIRS), pick_transpose(x_dtype, words != SINGLE), words, nullptr};
   const int64_t tile = MAX_LINES * LINE * (words == SINGLE ? 1 : 2), tiles = (M + tile - 1) / tile;

@@ -52,12 +52,6 @@ INLINE vf column_dots(const uint32_t* words, const vf* column, const uint32_t* o
 
 int64_t padded_rank(int64_t R) { return (R + VL - 1) / VL * VL; }
 
-#if defined(__AVX512BF16__)
-constexpr bool PAIRED = true;
-#else
-constexpr bool PAIRED = false;
-#endif
-
 // A thin factor of TILE_ROWS rows in the order of a panel's words, [words][padded] with zeros behind R: of pairs of bf16 the same
 // pairs, where they are multiplied as such, else fp32 rows. `count` rows [count][R] of `dtype` are there.
 template <bool PACKED>

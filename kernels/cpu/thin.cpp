@@ -21,12 +21,8 @@ INLINE void thin_tile(const float* const* x, const float* const* rows, int64_t f
     }
   }
   if (VL == THIN * THIN) {
-    vu square[VL];
-    for (int i = 0; i < VL; ++i) square[i] = (vu)acc[i % (THIN * THIN)];
-    transpose_square(square);
-    for (int half = VL / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) square[i] = (vu)((vf)square[i] + (vf)square[i + half]);
-    for (int i = 0; i < THIN * THIN; ++i) sums[i] += reinterpret_cast<const float*>(square)[i];
+    const vf totals = lane_sums(acc);
+    for (int i = 0; i < THIN * THIN; ++i) sums[i] += totals[i];
   } else {
     for (int i = 0; i < THIN * THIN; ++i) sums[i] += lane_sum(acc[i]);
   }

@@ -16,6 +16,11 @@
 namespace {
 
 constexpr int VL = VEC_BYTES / 4;  // fp32 lanes
+#if defined(__AVX512BF16__)
+constexpr bool PAIRED = true;  // whether the processor multiplies and adds pairs of bf16
+#else
+constexpr bool PAIRED = false;
+#endif
 constexpr int SPAN = 1024;         // floats gone through at once: they stay in L1
 typedef float vf __attribute__((vector_size(VEC_BYTES), may_alias));
 typedef uint32_t vu __attribute__((vector_size(VEC_BYTES), may_alias));
