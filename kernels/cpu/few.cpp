@@ -65,10 +65,11 @@ int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t 
   const int64_t blocks = (r1 - r0 + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
   int failed = 0;
   Prologue rows_of_x;
+  Crew crew;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
   rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(dynamic, 8) nowait
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = r0 + b * WEIGHT_ROWS, count = std::min<int64_t>(WEIGHT_ROWS, r1 - first);
     float* w = row_scratch.get<float>(WEIGHT_ROWS * SPAN);
@@ -93,6 +94,7 @@ int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t 
         output.put(m, first - r0 + i, total);
       }
   }
+  crew.finish();
   }
   return failed;
 }

@@ -45,6 +45,7 @@ void few_decode(const FewProblem& p, int64_t e, int64_t begin, int64_t n, uint16
   for (int64_t c = begin; c < begin + n; ++c, to += CODES) {
     const int words = READING == ANY ? words_of(p, c) : 16;
     const __m512i codes = chunk_codes<READING>(p, e + c * CODES, words);
+    expect_chunk(p, e + c * CODES, BF16_ROWS);
     const __m512 scale = chunk_scales<READING>(p, e + c * CODES, words, blocks);
 #pragma GCC unroll 4
     for (int j = 0; j < 8; j += 2) _mm512_store_si512(to + j * 16, (__m512i)decoded_pairs(codes, j, table, scale));
@@ -68,6 +69,7 @@ void few_pair_products(const FewProblem& p, const int64_t* e, int64_t begin, int
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       codes[i] = chunk_codes<READING>(p, e[i] + c * CODES, words);
+      expect_chunk(p, e[i] + c * CODES, 2);
       scale[i] = chunk_scales<READING>(p, e[i] + c * CODES, words, blocks[i]);
     }
 #pragma GCC unroll 4

@@ -47,11 +47,12 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
   };
   int failed = 0;
   Prologue rows_of_x, chunks_of_x;
+  Crew crew;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
     chunks_of_x.run(chunks, arrange);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t first = r0 + task * FEW_BLOCK, count = std::min<int64_t>(FEW_BLOCK, r1 - first);
       const int64_t padded = (FEW_BLOCK * M + VL) / VL * VL;
@@ -83,6 +84,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       }
       few_store(totals, count, M, output, first - r0);
     }
+    crew.finish();
   }
   return failed;
 }

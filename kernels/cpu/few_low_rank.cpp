@@ -68,16 +68,4 @@ void few_row(const FewInput& input, int64_t m, const LowRankPart& part) {
   low_rank_left(input.x + m * input.stride, m, input.n, part);
 }
 
-// Work that comes before the rest of a parallel region: units are taken by whoever is awake, and nobody goes on before all are done.
-// A barrier would wait for threads that are still being woken, which takes longer than the work.
-struct Prologue {
-  std::atomic<int64_t> next{0}, done{0};
-  template <class F>
-  void run(int64_t units, const F& unit) {
-    for (int64_t u; (u = next.fetch_add(1)) < units; done.fetch_add(1)) unit(u);
-    for (int spins = 0; done.load() < units; ++spins)
-      if (spins > 1000) std::this_thread::yield();
-  }
-};
-
 }  // namespace

@@ -225,7 +225,10 @@ int rosa_weight_gradient(const void* dy, int dy_dtype, int64_t dy_stride_m, int6
     more = std::min(2 * more, by_rows ? tiles_n : tiles_k);
   }
   int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+  Crew crew;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic, 1) nowait
   for (int64_t task = 0; task < blocks_n * blocks_k; ++task) {
     const int64_t n = task % blocks_n, k = task / blocks_n;
     const int64_t n0 = tiles_n * n / blocks_n * VL, n1 = std::min(N, tiles_n * (n + 1) / blocks_n * VL);
@@ -233,6 +236,8 @@ int rosa_weight_gradient(const void* dy, int dy_dtype, int64_t dy_stride_m, int6
     if (!gradient_block(g, n0, n1, k0, k1))
 #pragma omp atomic write
       failed = 1;
+  }
+  crew.finish();
   }
   return failed;
 }

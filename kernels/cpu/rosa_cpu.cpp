@@ -15,11 +15,13 @@
 #include <new>
 #include <thread>
 #include <vector>
+#include <omp.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 #include "vectors.h"
+#include "crew.h"
 
 #include "rows.cpp"
 #include "scatter.cpp"

@@ -158,12 +158,18 @@ int rosa_write_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_
   const DecodedTile tile{out, out_dtype, pitch, panel, panel_stride};
   int failed = 0;
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * (c1 - c0) / 32768)));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  const int64_t some = std::max<int64_t>(1, (r1 - r0) / (8 * threads));  // whoever is awake takes them
+  Crew crew;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic, some) nowait
   for (int64_t r = r0; r < r1; ++r)
     if (!write_row(*rows, r, c0, c1, tile, r - r0)) {
 #pragma omp atomic write
       failed = 1;
     }
+  crew.finish();
+  }
   return failed;
 }
 

@@ -305,9 +305,10 @@ int rosa_sddmm(const void* dy, int dy_dtype, int64_t dy_stride_m, int64_t dy_str
   float* partial = chunks > 1 ? partial_scratch.get<float>((chunks - 1) * nnz) : nullptr;
   if (chunks > 1 && !partial) return 1;
   int failed = 0;
+  Crew crew;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < chunks * ranges; ++task) {
       const int64_t c = task / ranges, i = task % ranges;
       float* target = c == 0 ? out : partial + (c - 1) * nnz;
@@ -316,13 +317,15 @@ int rosa_sddmm(const void* dy, int dy_dtype, int64_t dy_stride_m, int64_t dy_str
         failed = 1;
     }
     if (chunks > 1) {
-#pragma omp for schedule(static)
+      crew.meet();
+#pragma omp for schedule(static) nowait
       for (int64_t j0 = 0; j0 < nnz; j0 += SPAN) {
         const int64_t j1 = std::min(nnz, j0 + SPAN);
         for (int64_t c = 0; c < chunks - 1; ++c)
           for (int64_t j = j0; j < j1; ++j) out[j] += partial[c * nnz + j];
       }
     }
+    crew.finish();
   }
   return failed;
 }

@@ -237,13 +237,14 @@ int rosa_terms(const Rows* rows, const Terms* terms) {
 #pragma omp atomic write
     failed = 1;
   };
+  Crew crew;
 #pragma omp parallel num_threads(int(t.threads)) if (t.threads > 1)
   {
     if (t.tile.data) {
 #pragma omp for schedule(static) nowait
       for (int64_t r = t.r0; r < t.r1; ++r) check(write_row(base, r, t.c0, t.c1, t.tile, r - t.r0));
     }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < chunks * parts; ++task) {
       const int64_t chunk = task / parts, at = task % parts;
       Buffers buffers;
@@ -252,7 +253,11 @@ int rosa_terms(const Rows* rows, const Terms* terms) {
                                                           at, parts, gradients.sums_of(chunk));
       else check(false);
     }
-    if (t.other) gradients.finish(t, e.origin);  // behind a barrier; of no use where something failed
+    if (t.other) {
+      crew.meet();
+      gradients.finish(t, e.origin);  // of no use where something failed
+    }
+    crew.finish();
   }
   return failed;
 }

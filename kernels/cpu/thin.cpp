@@ -37,7 +37,10 @@ void rosa_thin_product(const float* x, int64_t x_stride, const float* rows, int6
                        int threads) {
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, M * R * K / (1 << 19))));
   const int64_t tiles = (M + THIN - 1) / THIN;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16) if (threads > 1)
+  Crew crew;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic, 16) nowait
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = tile * THIN, down = std::min<int64_t>(THIN, M - first);
     const float* left[THIN];
@@ -57,6 +60,8 @@ void rosa_thin_product(const float* x, int64_t x_stride, const float* rows, int6
           out[(first + m) * R + r + i] = total;
         }
     }
+  }
+  crew.finish();
   }
 }
 
