@@ -74,7 +74,7 @@ def _(
 
 
 @product_with_left.register_kernel("cpu")
-def _(
+def product_with_left_kernel(
     x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     parsed = Layout.parse(layout)
@@ -104,7 +104,7 @@ def _(
 
 
 @product_with_grads.register_kernel("cpu")
-def _(
+def product_with_grads_kernel(
     x: Tensor, other: Tensor, kept: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str, transposed: bool
 ) -> list[Tensor]:
     parsed = Layout.parse(layout)

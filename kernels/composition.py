@@ -90,8 +90,7 @@ def joined_product(
     flat = definition.flat(x)
     source = _source(x, base, folded, parsed)
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
-        out = _few(flat, bias, source, beside, parsed)
-        return Joined(out.view(*x.shape[:-1], out.shape[-1]))
+        return Joined(_like(x, _few(flat, bias, source, beside, parsed)))
     # In float32 S is part of the tile, at no cost, unless there is more to be had from the pass.
     starts = _is_low(x) or (x.dtype == torch.float32 and (left or kept is not None))
     first = source if folded and starts else None
@@ -120,7 +119,12 @@ def joined_product(
             started.begin,
             started.tile,
         )
-    return Joined(out.view(*x.shape[:-1], out.shape[-1]), started.left, started.gradients)
+    return Joined(_like(x, out), started.left, started.gradients)
+
+
+def _like(x: Tensor, out: Tensor) -> Tensor:
+    """Rows [M, N] as [*, N] for x [*, K]."""
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 class _Started(NamedTuple):
@@ -273,4 +277,4 @@ def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: Weighted, 
         out.addmm_(left.float(), thin)
     if bias is not None:
         out += bias
-    return out.to(x.dtype)
+    return out if out.dtype is x.dtype else out.to(x.dtype)

@@ -141,6 +141,27 @@ def register_lowering(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> N
     lowering.register_lowering(op, type_promotion_kind=None)(choose)
 
 
+def call_functions(module: str, ops: Sequence[torch._ops.OpOverload]) -> None:
+    """Let generated Python call the function of `module` named like the operator, where all is on the CPU."""
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+
+    def write(node: Any, writeline: Callable[[Any], None]) -> None:
+        from torch._inductor import config
+        from torch._inductor.codegen.wrapper import ExternKernelAllocLine
+        from torch._inductor.virtualized import V
+
+        wrapper = V.graph.wrapper_code
+        if config.fx_wrapper or any(buffer.get_device_or_error().type != "cpu" for buffer in node.inputs):
+            writeline(ExternKernelAllocLine(wrapper, node))
+            return
+        wrapper.add_import_once(f"import {module}")
+        name = node.op_overload._schema.name.rpartition("::")[2]
+        writeline(f"{node.get_name()} = {module}.{name}({', '.join([*node.codegen_args(), *node.codegen_kwargs()])})")
+
+    for op in ops:
+        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
+
+
 def lower(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """The IR of `op` applied to IR nodes."""
     from torch._inductor.lowering import lowerings

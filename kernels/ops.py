@@ -76,17 +76,17 @@ def _(base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
 
 
 @linear.register_kernel(DEVICES)
-def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+def linear_kernel(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
     return _own(product(x, bias, base, delta, Layout.parse(layout), transposed=False))
 
 
 @linear_t.register_kernel(DEVICES)
-def _(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
+def linear_t_kernel(x: Tensor, bias: Tensor | None, base: list[Tensor], delta: list[Tensor], layout: str) -> Tensor:
     return _own(product(x, bias, base, delta, Layout.parse(layout), transposed=True))
 
 
 @linear_grads.register_kernel(DEVICES)
-def _(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
+def linear_grads_kernel(dy: Tensor, x: Tensor, delta: list[Tensor], layout: str) -> list[Tensor]:
     parsed = Layout.parse(layout)
     dy, x = definition.flat(dy), definition.flat(x)
     if parsed.stack > 1:

@@ -41,7 +41,7 @@ def _(thin: Tensor, right: Tensor, transposed: bool) -> Tensor:
 
 
 @thin_product.register_kernel("cpu")
-def _(x: Tensor, rows: Tensor) -> Tensor:
+def thin_product_kernel(x: Tensor, rows: Tensor) -> Tensor:
     library = native(x, rows) if x.dtype == rows.dtype == torch.float32 else None
     if library is None:
         return x @ rows.t()
@@ -62,7 +62,7 @@ def _(x: Tensor, rows: Tensor) -> Tensor:
 
 
 @thin_gradient.register_kernel("cpu")
-def _(thin: Tensor, right: Tensor, transposed: bool) -> Tensor:
+def thin_gradient_kernel(thin: Tensor, right: Tensor, transposed: bool) -> Tensor:
     if not thin.dtype == right.dtype == torch.float32:
         return right.t() @ thin if transposed else thin.t() @ right
     # The long side last also where the other order is wanted: it is that of the vectors.

@@ -33,6 +33,20 @@ void dot_products(const float* w, const float* x, int64_t x_stride, int64_t n, v
     for (int i = 0; i < WEIGHT_ROWS; ++i) sums[m * WEIGHT_ROWS + i] = acc[m][i];
 }
 
+struct FewCall {
+  int64_t r0, r1, c0, c1;  // the part of the weight
+  const void* x;           // [M, c1 - c0]
+  int64_t x_dtype, M, x_stride;
+  void* y;  // [M, r1 - r0]
+  int64_t y_dtype, y_stride;
+  const float* A;  // [R, c1 - c0]
+  int64_t a_stride;
+  const float* B;  // [r1 - r0, R]
+  int64_t b_stride, R;
+  double scale;
+  int64_t threads;
+};
+
 using DotProducts = void (*)(const float*, const float*, int64_t, int64_t, vf*);
 
 }  // namespace
@@ -40,25 +54,24 @@ using DotProducts = void (*)(const float*, const float*, int64_t, int64_t, vf*);
 extern "C" {
 
 // y[m][r - r0] = sum over c0 <= k < c1 of x[m][k - c0] (D(Q) + S)[r][k], summed in fp32 and rounded once. Where x is bf16, D(Q)
-// may be rounded to it too, as a product of that dtype has it. To it comes scale (x Aᵀ) Bᵀ with A [R, c1 - c0] and
-// B [r1 - r0, R]. No element depends on `threads`.
-int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const void* given, int given_dtype, int64_t M,
-                  int64_t given_stride, void* y, int y_dtype, int64_t y_stride, const float* A, int64_t a_stride, const float* B, int64_t b_stride,
-                  int64_t R, float scale, int threads) {
+// may be rounded to it too, as a product of that dtype has it. To it comes scale (x Aᵀ) Bᵀ. No element depends on `threads`.
+int rosa_few_rows(const Rows* rows, const FewCall* call) {
+  const FewCall& c = *call;
+  const int64_t r0 = c.r0, r1 = c.r1, c0 = c.c0, c1 = c.c1, M = c.M, R = c.R;
   const DotProducts kernels[] = {nullptr, dot_products<1>, dot_products<2>, dot_products<3>, dot_products<4>};
   if (M == 0) return 0;
   const int64_t columns = c1 - c0;
-  LowRankPart part{A, B, a_stride, b_stride, R, M, r0, scale, few_left_scratch.get<float>(R * M + 1)};
+  LowRankPart part{c.A, c.B, c.a_stride, c.b_stride, R, M, r0, float(c.scale), few_left_scratch.get<float>(R * M + 1)};
   // Rows in fp32 stay where they are.
-  FewInput input{given, given_dtype, given_stride, M, columns, static_cast<const float*>(given), given_stride, nullptr};
-  if (given_dtype != F32) {
+  FewInput input{c.x, int(c.x_dtype), c.x_stride, M, columns, static_cast<const float*>(c.x), c.x_stride, nullptr};
+  if (c.x_dtype != F32) {
     input.stride = (columns + 2 * VL - 1) / VL * VL;
     input.own = few_input_scratch.get<float>(M * input.stride);
     input.x = input.own;
   }
-  if (!part.left || (given_dtype != F32 && !input.own)) return 1;
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (r1 - r0) * columns / 32768)));
-  const FewOutput output{y, y_dtype, y_stride};
+  if (!part.left || (c.x_dtype != F32 && !input.own)) return 1;
+  const int threads = int(std::max<int64_t>(1, std::min<int64_t>(c.threads, (r1 - r0) * columns / 32768)));
+  const FewOutput output{c.y, int(c.y_dtype), c.y_stride};
 #if defined(FEW_FOUR_BIT)
   if (fits_few_fourbit(*rows, r0, r1, c0, c1)) return few_fourbit(*rows, r0, r1, c0, c1, input, output, part, threads);
 #endif
@@ -81,16 +94,16 @@ int rosa_few_rows(const Rows* rows, int64_t r0, int64_t r1, int64_t c0, int64_t 
     }
     std::memset(sums, 0, M * WEIGHT_ROWS * sizeof(vf));
     if (count < WEIGHT_ROWS) std::memset(w, 0, WEIGHT_ROWS * SPAN * sizeof(float));
-    for (int64_t c = c0; c < c1; c += SPAN) {
-      const int64_t n = std::min<int64_t>(SPAN, c1 - c);
-      for (int64_t i = 0; i < count; ++i) decode_row(*rows, first + i, c, c + n, w + i * SPAN);
+    for (int64_t column = c0; column < c1; column += SPAN) {
+      const int64_t n = std::min<int64_t>(SPAN, c1 - column);
+      for (int64_t i = 0; i < count; ++i) decode_row(*rows, first + i, column, column + n, w + i * SPAN);
       for (int64_t m = 0; m < M; m += 4)
-        kernels[std::min<int64_t>(4, M - m)](w, input.x + m * input.stride + (c - c0), input.stride, n, sums + m * WEIGHT_ROWS);
+        kernels[std::min<int64_t>(4, M - m)](w, input.x + m * input.stride + (column - c0), input.stride, n, sums + m * WEIGHT_ROWS);
     }
     for (int64_t m = 0; m < M; ++m)
       for (int64_t i = 0; i < count; ++i) {
         float total = lane_sum(sums[m * WEIGHT_ROWS + i]);
-        for (int64_t k = 0; k < R; ++k) total += B[(first - r0 + i) * b_stride + k] * part.left[k * M + m];
+        for (int64_t k = 0; k < R; ++k) total += c.B[(first - r0 + i) * c.b_stride + k] * part.left[k * M + m];
         output.put(m, first - r0 + i, total);
       }
   }

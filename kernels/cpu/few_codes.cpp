@@ -57,7 +57,7 @@ INLINE __m512i chunk_codes(const FewProblem& p, int64_t e, int words) {
 
 // The chunk of a row `ahead` below, which does not have to exist.
 INLINE void expect_chunk(const FewProblem& p, int64_t e, int64_t ahead) {
-  _mm_prefetch(static_cast<const char*>(p.s->data) + (e + ahead * p.s->K) / 2, _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(p.s->data) + (e + ahead * p.s->K) / 2, _MM_HINT_NTA);
 }
 
 template <int READING>

@@ -74,7 +74,7 @@ void few_products_of_one(const FewProblem& p, int64_t e, int64_t begin, int64_t 
 #pragma GCC unroll 8
     for (int i = 0; i < WR; ++i) {
       codes[i] = _mm512_loadu_si512(codes_at + i * row);
-      _mm_prefetch(codes_at + i * row + ahead, _MM_HINT_T0);
+      _mm_prefetch(codes_at + i * row + ahead, _MM_HINT_NTA);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {

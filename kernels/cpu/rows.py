@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,20 +22,12 @@ from rosa_fx.kernels.terms.base import Region, Shape
 _INT8, _FOUR_BIT = 3, 4  # the kinds of rows.cpp; below are dense weights, by dtype
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_int64),
-        ("N", ctypes.c_int64),
-        ("K", ctypes.c_int64),
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("blocksize", ctypes.c_int64),
-        ("values", ctypes.c_void_p),
-        ("values_dtype", ctypes.c_int64),
-        ("row_offsets", ctypes.c_void_p),
-        ("cols", ctypes.c_void_p),
-    )
+# What every call passes is packed: ctypes takes three times as long to fill a structure, and ten times to pass as many
+# arguments.
+# kind, N, K; data, scales, table; blocksize; values; their dtype; row_offsets, cols
+_ROWS = struct.Struct("3q3PqPq2P")
+# The part of the weight; x, its dtype, M, stride; y, its dtype and stride; A, its stride; B, its stride, R; s; threads
+_FEW = struct.Struct("4qP3qP2qPqP2qdq")
 
 
 class _Factor(ctypes.Structure):
@@ -81,19 +74,16 @@ class Source:
 
     def __init__(self, library: ctypes.CDLL, shape: Shape, stored: Stored, csr: Sequence[Tensor] | None) -> None:
         self._library = library
-        self._stored, self._csr = stored, csr
+        self._shape, self._stored, self._csr = shape, stored, csr
         kind = {"int8": _INT8, "4bit": _FOUR_BIT}.get(stored.kind) or sparse.DTYPES[stored.data.dtype]
-        self._rows = _Rows(kind, *shape, stored.data.data_ptr(), blocksize=stored.blocksize)
-        if stored.scales is not None:
-            self._rows.scales = stored.scales.data_ptr()
-        if stored.table is not None:
-            self._rows.table = stored.table.data_ptr()
-        self.nnz = 0
+        self.nnz, entries = 0, (0, 0, 0, 0)
         if csr is not None:
             values, row_offsets, cols = csr
             self.nnz = values.numel()
-            self._rows.values, self._rows.values_dtype = values.data_ptr(), sparse.DTYPES[values.dtype]
-            self._rows.row_offsets, self._rows.cols = row_offsets.data_ptr(), cols.data_ptr()
+            entries = values.data_ptr(), sparse.DTYPES[values.dtype], row_offsets.data_ptr(), cols.data_ptr()
+        self._rows = _ROWS.pack(
+            kind, *shape, stored.data.data_ptr(), _pointer(stored.scales), _pointer(stored.table), stored.blocksize, *entries
+        )
 
     def holds(self, dtype: torch.dtype) -> bool:
         """Whether D(Q) lies in memory as a matrix of that dtype."""
@@ -101,14 +91,14 @@ class Source:
 
     def base_only(self) -> Source:
         """D(Q) without S."""
-        return Source(self._library, (self._rows.N, self._rows.K), self._stored, None)
+        return Source(self._library, self._shape, self._stored, None)
 
     def write(self, region: Region, out: Tensor) -> None:
         """out = that part of D(Q) + S, summed in float32 and rounded once. out: float32, bfloat16 or float16; rows apart by
         any pitch, elements of a row adjacent; or panels [P, rows, columns of one] that hold the columns one after another.
         Raises MemoryError without scratch memory."""
         failed = self._library.rosa_write_rows(
-            ctypes.byref(self._rows),
+            self._rows,
             *region,
             *_tile(out),
             torch.get_num_threads(),
@@ -172,7 +162,7 @@ class Source:
             call.made = made.data_ptr()
         gradients: list[Tensor] = []
         if other is not None:
-            assert region == (0, self._rows.N, 0, self._rows.K)
+            assert region == (0, self._shape[0], 0, self._shape[1])
             assert other.dtype == x.dtype
             call.other, (call.other_stride_m, call.other_stride_o) = other.data_ptr(), other.stride()
             gradients.append(torch.empty(self.nnz, dtype=torch.float32))
@@ -182,12 +172,12 @@ class Source:
                 kept = kept.contiguous()
                 held.append(kept)
                 call.kept = kept.data_ptr()
-                dA, dB = torch.empty(call.R, self._rows.K), torch.empty(self._rows.N, call.R)
+                dA, dB = torch.empty(call.R, self._shape[1]), torch.empty(self._shape[0], call.R)
                 gradients += [dA, dB]
                 call.inner_grad, call.outer_grad = map(_by_column, (dB.t(), dA) if transposed else (dA, dB.t()))
         if x.shape[0] == 0:
             return [gradient.zero_() for gradient in gradients]
-        if self._library.rosa_terms(ctypes.byref(self._rows), ctypes.byref(call)):
+        if self._library.rosa_terms(self._rows, ctypes.byref(call)):
             raise MemoryError(f"no scratch memory for 64 rows of {x.shape[1]} elements and their sparse entries")
         return gradients
 
@@ -199,12 +189,11 @@ class Source:
         columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added; of other dtypes than float32 they are converted. Raises
         as `write`."""
         A = B = None
-        factors: tuple[Any, ...] = (None, 0, None, 0, 0, 0.0)
+        factors: tuple[Any, ...] = (0, 0, 0, 0, 0, 0.0)
         if pair is not None and pair[0].numel():
             A, B = _wide(pair[0]), _wide(pair[1])
             factors = (A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), A.shape[0], pair[2])
-        failed = self._library.rosa_few_rows(
-            ctypes.byref(self._rows),
+        call = _FEW.pack(
             *region,
             x.data_ptr(),
             sparse.DTYPES[x.dtype],
@@ -216,7 +205,7 @@ class Source:
             *factors,
             torch.get_num_threads(),
         )
-        if failed:
+        if self._library.rosa_few_rows(self._rows, call):
             raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
 
 
@@ -237,8 +226,12 @@ def _adjacent(matrix: Tensor) -> Tensor:
 
 def _wide(matrix: Tensor) -> Tensor:
     """In float32, the elements of a row adjacent."""
-    wide = matrix.float()
+    wide = matrix if matrix.dtype is torch.float32 else matrix.float()
     return wide if wide.stride(1) == 1 else wide.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
@@ -248,10 +241,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rosa_write_rows.restype = i32
     library.rosa_terms.argtypes = [ptr, ptr]
     library.rosa_terms.restype = i32
-    library.rosa_few_rows.argtypes = [
-        *(ptr, i64, i64, i64, i64, ptr, i32, i64, i64, ptr, i32, i64),
-        *(ptr, i64, ptr, i64, i64, ctypes.c_float, i32),
-    ]
+    library.rosa_few_rows.argtypes = [ptr, ptr]
     library.rosa_few_rows.restype = i32
     return library
 
@@ -270,5 +260,5 @@ def source(shape: Shape, stored: Stored | None, csr: Sequence[Tensor] | None) ->
     if csr is not None:
         row_offsets, cols = sparse.checked_mask("linear", csr[1], csr[2], shape[0])
         sparse.check_filled("linear", row_offsets, cols)
-        csr = (csr[0].detach().contiguous(), row_offsets, cols) if cols.numel() else None
+        csr = (csr[0].contiguous(), row_offsets, cols) if cols.numel() else None
     return Source(_declared(library), shape, stored, csr)

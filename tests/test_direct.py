@@ -1,0 +1,79 @@
+"""Calls of the CPU kernels past the dispatcher, out of code that Inductor generates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from rewritten_models import fill
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code, run_fw_bw_and_get_code
+from torch.profiler import profile
+
+import rosa_fx
+from rosa_fx.kernels import direct
+from rosa_fx.state import state_of
+
+
+@pytest.fixture(autouse=True)
+def no_caches() -> Iterator[None]:
+    torch._dynamo.reset()
+    with inductor_config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+    torch._dynamo.reset()
+
+
+def masked(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48, bias=False, dtype=dtype))
+    rosa_fx.transform(model, rosa_fx.RosaSpec(rank=4, density=0.05))
+    fill(model)
+    return model
+
+
+def test_generated_code_calls_the_kernels() -> None:
+    """In inference and in both halves of a training step; never the operator."""
+    model, x = masked(torch.bfloat16), torch.randn(80, 64).bfloat16()
+    with torch.no_grad():
+        y, codes = run_and_get_code(torch.compile(model), x)
+    assert torch.equal(y, model(x))
+    training: Any = torch.compile(model)
+    _, trained = run_fw_bw_and_get_code(lambda: training(x.requires_grad_()))
+    for code in codes + trained:
+        assert "torch.ops.rosa_fx" not in code.replace("'torch.ops.rosa_fx", "").replace("(op: torch.ops.rosa_fx", "")
+    assert "rosa_fx.kernels.direct.linear(" in codes[0]
+    calls = re.findall(r"rosa_fx\.kernels\.direct\.(\w+)\(", "\n".join(trained))
+    assert calls == ["product_with_left", "product_with_grads"]
+
+
+def test_a_profiler_sees_the_operator() -> None:
+    model, x = masked(), torch.randn(3, 64)
+    call: Any = torch.compile(model)
+    with torch.no_grad():
+        call(x)
+        with profile() as seen:
+            call(x)
+    assert [event.count for event in seen.key_averages() if event.key == "rosa_fx::linear"] == [1]
+
+
+def test_gradients_are_recorded_where_they_are_asked_for() -> None:
+    model, x = masked(), torch.randn(3, 64, requires_grad=True)
+    weight = state_of(model).weights["0.weight"]
+    arguments: tuple[Any, ...] = (x, None, weight.base.tensors(), weight.delta_tensors(), weight.layout_key)
+    y: Tensor = direct.linear(*arguments)
+    y.sum().backward()
+    assert x.grad is not None
+    assert weight.low_rank is not None
+    assert weight.low_rank.A.grad is not None
+    with torch.no_grad():
+        assert torch.equal(direct.linear(*arguments), y)
+
+
+@pytest.mark.parametrize("name", direct.KERNELS)
+def test_functions_carry_the_operators_names(name: str) -> None:
+    assert getattr(direct, name).__name__ == name
+    assert hasattr(torch.ops.rosa_fx, name)
