@@ -85,8 +85,29 @@ struct Out {
   int64_t stride, M;
 };
 
+#if defined(__AVX512BF16__)
+// As `write_block`, a whole block in bf16: rounded to pairs of outputs first, which is half as much to transpose.
+void write_pairs(const vf (*sums)[GROUPS], const Out& out, int64_t m0, int64_t o) {
+  const __m512i mixed = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int g = 0; g < GROUPS && m0 + g * VL < out.M; ++g) {
+    vu square[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i)  // takes what is below 2^-126 for 0
+      square[i] = (vu)_mm512_permutexvar_epi16(mixed, (__m512i)_mm512_cvtne2ps_pbh((__m512)sums[2 * i + 1][g], (__m512)sums[2 * i][g]));
+    transpose_square(square);
+    uint16_t* to = static_cast<uint16_t*>(out.data) + (m0 + g * VL) * out.stride + o;
+    const int64_t rows = std::min<int64_t>(VL, out.M - m0 - g * VL);
+    for (int64_t i = 0; i < rows; ++i) *reinterpret_cast<vu_unaligned*>(to + i * out.stride) = square[i];
+  }
+}
+#endif
+
 // out[m0 ..][o .. o + count] = the transpose of sums.
 void write_block(const vf (*sums)[GROUPS], const Out& out, int64_t m0, int64_t o, int64_t count) {
+#if defined(__AVX512BF16__)
+  if (out.dtype == BF16 && count == BLOCK) return write_pairs(sums, out, m0, o);
+#endif
   alignas(VEC_BYTES) float rows[VL][BLOCK];
   for (int g = 0; g < GROUPS && m0 + g * VL < out.M; ++g) {
     for (int64_t first = 0; first < count; first += VL) {
