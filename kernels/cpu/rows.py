@@ -147,7 +147,7 @@ class Source:
             call.tile = _Tile(*_tile(tile))
         held: list[Any] = []  # what has no other owner until the call is made
         if pair is not None and pair[0].numel() and pair[1].numel():
-            A, B, call.scale = _adjacent(pair[0].float()), _adjacent(pair[1].float()).t(), pair[2]
+            A, B, call.scale = _adjacent(pair[0]), _adjacent(pair[1]).t(), pair[2]
             held += [A, B]
             call.R = len(A)
             call.inner, call.outer = map(_by_column, (B, A) if transposed else (A, B))  # [R, inputs] and [R, outputs]
@@ -220,8 +220,9 @@ def _by_column(matrix: Tensor) -> _Factor:
 
 
 def _adjacent(matrix: Tensor) -> Tensor:
-    """With elements of a row or of a column adjacent."""
-    return matrix if 1 in matrix.stride() else matrix.contiguous()
+    """In float32, the elements of a row or of a column adjacent."""
+    wide = matrix if matrix.dtype is torch.float32 else matrix.float()
+    return wide if 1 in wide.stride() else wide.contiguous()
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -3,8 +3,33 @@ namespace {
 
 // ---- transposition ----------------------------------------------------------------------------------------------
 
-INLINE void transpose_square(vu* v) {  // VL x VL, by log2(VL) perfect shuffles
+// VL x VL, by log2(VL) shuffles of each vector. On AVX-512 half of them within 128 bits, which are twice as fast as those across.
+INLINE void transpose_square(vu* v) {
   vu t[VL];
+#if defined(__AVX512F__)
+#pragma GCC unroll 8
+  for (int i = 0; i < VL; i += 2) {
+    t[i] = (vu)_mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+    t[i + 1] = (vu)_mm512_unpackhi_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < VL; i += 4)
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      v[i + 2 * k] = (vu)_mm512_unpacklo_epi64((__m512i)t[i + k], (__m512i)t[i + k + 2]);
+      v[i + 2 * k + 1] = (vu)_mm512_unpackhi_epi64((__m512i)t[i + k], (__m512i)t[i + k + 2]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // 128 bits of v[i + 4 q] are rows 4 q .. 4 q + 3 of the columns i, i + 4, i + 8, i + 12
+    const __m512i a = (__m512i)v[i], b = (__m512i)v[i + 4], c = (__m512i)v[i + 8], d = (__m512i)v[i + 12];
+    const __m512i even[] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(c, d, 0x88)};
+    const __m512i odd[] = {_mm512_shuffle_i32x4(a, b, 0xdd), _mm512_shuffle_i32x4(c, d, 0xdd)};
+    v[i] = (vu)_mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    v[i + 4] = (vu)_mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    v[i + 8] = (vu)_mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+    v[i + 12] = (vu)_mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+  }
+#else
   for (int width = 1; width < VL; width *= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < VL / 2; ++i) {
@@ -14,6 +39,7 @@ INLINE void transpose_square(vu* v) {  // VL x VL, by log2(VL) perfect shuffles
 #pragma GCC unroll 16
     for (int i = 0; i < VL; ++i) v[i] = t[i];
   }
+#endif
 }
 
 // The sums of the lanes of VL vectors, each in the lane of its number; the vectors are lost. On AVX-512 by shuffles within 128

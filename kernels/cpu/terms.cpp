@@ -137,18 +137,21 @@ void store_left(const float* left, int64_t R, int64_t count, int64_t dtype, void
 // matrix and the factors of those of the low-rank part.
 struct Buffers {
   uint32_t *panel, *block, *left_pairs;
-  uint16_t* narrow;
+  uint16_t *inner, *outer;  // factors of the low-rank term in bf16, where they are multiplied as such
   float *left, *copy, *left_factor, *kept_factor, *rows;
+  bool by_rows;  // whether the low-rank product is made of rows of x
 
-  bool get(const Terms& t, int64_t inputs) {
+  bool get(const Terms& t, int64_t inputs, int64_t outputs, bool pairs) {
     const auto need = [](auto& pointer, Scratch& scratch, int64_t count) {
       using T = std::remove_reference_t<decltype(*pointer)>;
       pointer = count ? scratch.get<T>(count) : nullptr;
       return !count || pointer;
     };
     const int64_t padded = padded_rank(t.R), thin = t.kept ? padded * TILE_ROWS : 0;
+    by_rows = pairs && !t.left && t.x_stride_k == 1 && (t.in.stride == 1 || t.in.stride_r == 1);
     return need(panel, panel_scratch, inputs * TILE_ROWS) && need(left_pairs, left_pairs_scratch, (t.R + 1) / 2 * TILE_ROWS) &&
-           need(narrow, narrow_scratch, t.R * narrow_pitch(inputs)) && need(left, left_scratch, t.R * TILE_ROWS) &&
+           need(inner, inner_scratch, by_rows ? t.R * narrow_pitch(inputs) : 0) &&
+           need(outer, outer_scratch, pairs ? padded * outputs : 0) && need(left, left_scratch, t.R * TILE_ROWS) &&
            need(copy, right_scratch, (t.R + 1) * BLOCK) && need(block, other_scratch, t.other ? BLOCK * TILE_ROWS : 0) &&
            need(rows, rows_scratch, thin) && need(left_factor, left_factor_scratch, thin) && need(kept_factor, kept_scratch, thin);
   }
@@ -169,7 +172,7 @@ void terms_tile(const Terms& t, const Entries& e, const Buffers& b, Transpose tr
   if (GRADIENT) dots.to = chunk.values + (e.offsets ? e.offsets[o0] : 0);
   for (int64_t o = o0; o < o1; o += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, o1 - o);
-    if (t.R && PACKED && PAIRS_OF_RANKS) low_rank_sums_of_pairs(t, b.left_pairs, reinterpret_cast<uint32_t*>(b.copy), o, count, sums);
+    if (b.outer) low_rank_sums_of_pairs(t, b.left_pairs, b.outer, padded, o, count, sums);
     else if (t.R) low_rank_sums(t, b.left, b.copy, o, count, sums);
     else std::memset(sums, 0, sizeof sums);
     if (GRADIENT && (t.kept || (e.offsets && e.offsets[o] < e.offsets[o + count])))
@@ -212,15 +215,13 @@ void terms_chunk(const Terms& t, const Entries& e, const Buffers& b, Transpose t
     std::fill(chunk.outer + o0 * padded, chunk.outer + o1 * padded, 0.0f);
     std::fill(chunk.inner + i0 * padded, chunk.inner + i1 * padded, 0.0f);
   }
-  const bool by_rows = PACKED && PAIRS_OF_RANKS && t.R && !t.left && t.x_stride_k == 1 && (t.in.stride == 1 || t.in.stride_r == 1);
-  if (by_rows) narrow_inner(t, e.inputs, narrow_pitch(e.inputs), b.narrow);
   for (int64_t tile = t0; tile < t1; ++tile) {
     const int64_t m0 = tile * TILE_ROWS, used = std::min<int64_t>(TILE_ROWS, t.M - m0);
-    if (e.offsets || t.kept || (t.R && !t.left && !by_rows)) transpose(x, m0, WORDS / LINE, 0, e.inputs, nullptr, b.panel);
+    if (e.offsets || t.kept || (t.R && !t.left && !b.by_rows)) transpose(x, m0, WORDS / LINE, 0, e.inputs, nullptr, b.panel);
     if (t.left) given_left(t, m0, b.left);
-    else if (by_rows) left_of_rows(t, b.narrow, narrow_pitch(e.inputs), e.inputs, m0, used, b.left);
+    else if (b.by_rows) left_of_rows(t, b.inner, narrow_pitch(e.inputs), e.inputs, m0, used, b.left);
     else if (t.R) left_of_panel<PACKED>(t, b.panel, e.inputs, b.left);
-    if (PACKED && PAIRS_OF_RANKS && t.R) pair_left(b.left, t.R, b.left_pairs);
+    if (b.outer) pair_left(b.left, t.R, b.left_pairs);
     if (t.made && at == 0) store_left(b.left, t.R, used, t.x_dtype, static_cast<char*>(t.made) + m0 * t.R * bytes_of(t.x_dtype));
     if (t.kept) {
       store_left(b.left, t.R, used, t.x_dtype, b.rows);
@@ -265,11 +266,15 @@ int rosa_terms(const Rows* rows, const Terms* terms) {
 #pragma omp for schedule(static) nowait
       for (int64_t r = t.r0; r < t.r1; ++r) check(write_row(base, r, t.c0, t.c1, t.tile, r - t.r0));
     }
+    const bool pairs = packed && PAIRS_OF_RANKS && t.R;
+    Buffers buffers;
+    const bool got = buffers.get(t, e.inputs, e.outputs, pairs);
+    if (got && buffers.by_rows) narrow_inner(t, e.inputs, narrow_pitch(e.inputs), buffers.inner);
+    if (got && pairs) narrow_outer(t, e.outputs, padded_rank(t.R), buffers.outer);
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < chunks * parts; ++task) {
       const int64_t chunk = task / parts, at = task % parts;
-      Buffers buffers;
-      if (buffers.get(t, e.inputs))
+      if (got)
         (packed ? terms_chunk<true> : terms_chunk<false>)(t, e, buffers, transpose, tiles * chunk / chunks, tiles * (chunk + 1) / chunks,
                                                           at, parts, gradients.sums_of(chunk));
       else check(false);

@@ -1,7 +1,7 @@
 // The low-rank part of what a product starts from: both of its products in fp32, out of a panel of x and into the sums.
 namespace {
 
-thread_local Scratch left_scratch, right_scratch, left_pairs_scratch, narrow_scratch;
+thread_local Scratch left_scratch, right_scratch, left_pairs_scratch, inner_scratch, outer_scratch;
 
 template <class T>
 struct FactorOf {  // element (i, r) lies at data[i * stride + r * stride_r]

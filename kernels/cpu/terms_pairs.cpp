@@ -32,6 +32,24 @@ void narrow_inner(const Terms& t, int64_t inputs, int64_t pitch, uint16_t* to) {
     }
 }
 
+// `right` by outputs in bf16, [outputs][R rounded up to VL] with zeros behind R: two ranks are a word.
+void narrow_outer(const Terms& t, int64_t outputs, int64_t padded, uint16_t* to) {
+  for (int64_t o = 0; o < outputs; o += VL)
+    for (int64_t r0 = 0; r0 < t.R; r0 += VL) {
+      vu square[VL];
+      if (t.right.stride == 1) {
+        for (int i = 0; i < VL; ++i)
+          square[i] = r0 + i < t.R ? (vu)at_most(t.right.data + (r0 + i) * t.right.stride_r + o, outputs - o) : vu{};
+        transpose_square(square);
+      } else {  // rows of `right` are adjacent elements
+        for (int i = 0; i < VL; ++i)
+          square[i] = o + i < outputs ? (vu)at_most(t.right.data + (o + i) * t.right.stride + r0, t.R - r0) : vu{};
+      }
+      for (int64_t i = 0; i < VL && o + i < outputs; ++i)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (o + i) * padded + r0), (__m256i)_mm512_cvtneps_pbh((__m512)square[i]));
+    }
+}
+
 // `left` out of rows of x whose elements are adjacent, `count` from m0 on: 4 rows with 4 of `in`, so that 16 sums cost 8 loads. Half
 // the multiply-adds of `left_of_panel`, for which `in` is rounded, as a product of that dtype has it.
 void left_of_rows(const Terms& t, const uint16_t* in, int64_t pitch, int64_t inputs, int64_t m0, int64_t count, float* left) {
@@ -75,32 +93,21 @@ void pair_left(const float* left, int64_t R, uint32_t* words) {
     }
 }
 
-// As low_rank_sums, in pairs of ranks, the factor of the outputs rounded: `copy` has room for [(R + 1) / 2][BLOCK] words.
-void low_rank_sums_of_pairs(const Terms& t, const uint32_t* left, uint32_t* copy, int64_t o0, int64_t count, vf (*sums)[GROUPS]) {
+// As low_rank_sums, in pairs of ranks; `right` as `narrow_outer` makes it.
+void low_rank_sums_of_pairs(const Terms& t, const uint32_t* left, const uint16_t* right, int64_t padded, int64_t o0, int64_t count,
+                            vf (*sums)[GROUPS]) {
   const int64_t pairs = (t.R + 1) / 2;
-  const float* right = t.right.data + o0 * t.right.stride;
-  for (int64_t r = 0; r < pairs; ++r)
-    for (int64_t o = 0; o < count && t.right.stride == 1; o += VL) {
-      const float* from = right + 2 * r * t.right.stride_r + o;
-      *reinterpret_cast<vu*>(copy + r * BLOCK + o) =
-          pairs_of(at_most(from, count - o), 2 * r + 1 < t.R ? at_most(from + t.right.stride_r, count - o) : vf{});
-    }
-  for (int64_t o = 0; o < count && t.right.stride != 1; ++o)  // rows of `right` are adjacent elements, so pairs are there
-    for (int64_t r = 0; r < t.R; r += VL) {
-      alignas(32) uint16_t narrow[VL];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(narrow), (__m256i)_mm512_cvtneps_pbh((__m512)at_most(right + o * t.right.stride + r, t.R - r)));
-      uint32_t words[VL / 2];
-      std::memcpy(words, narrow, sizeof words);
-      for (int64_t k = 0; k < VL / 2 && r / 2 + k < pairs; ++k) copy[(r / 2 + k) * BLOCK + o] = words[k];
-    }
   for (int64_t o = 0; o < count; o += 4) {
     vf acc[4][GROUPS] = {};
-    const uint32_t* factors = copy + std::min<int64_t>(o, BLOCK - 4);
+    const uint16_t* factors[4];  // the last one again where there are fewer; their sums land in padding
+    for (int64_t i = 0; i < 4; ++i) factors[i] = right + (o0 + std::min(o + i, count - 1)) * padded;
     for (int64_t r = 0; r < pairs; ++r) {
       const vu* words = reinterpret_cast<const vu*>(left + r * TILE_ROWS);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const __m512bh factor = (__m512bh)_mm512_set1_epi32(int(factors[r * BLOCK + i]));
+        uint32_t word;
+        std::memcpy(&word, factors[i] + 2 * r, sizeof word);
+        const __m512bh factor = (__m512bh)_mm512_set1_epi32(int(word));
 #pragma GCC unroll 4
         for (int g = 0; g < GROUPS; ++g) acc[i][g] = (vf)_mm512_dpbf16_ps((__m512)acc[i][g], (__m512bh)words[g], factor);
       }
@@ -114,7 +121,8 @@ constexpr bool PAIRS_OF_RANKS = false;
 void narrow_inner(const Terms&, int64_t, int64_t, uint16_t*) {}
 void left_of_rows(const Terms&, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float*) {}
 void pair_left(const float*, int64_t, uint32_t*) {}
-void low_rank_sums_of_pairs(const Terms&, const uint32_t*, uint32_t*, int64_t, int64_t, vf (*)[GROUPS]) {}
+void narrow_outer(const Terms&, int64_t, int64_t, uint16_t*) {}
+void low_rank_sums_of_pairs(const Terms&, const uint32_t*, const uint16_t*, int64_t, int64_t, int64_t, vf (*)[GROUPS]) {}
 #endif
 
 }  // namespace
