@@ -36,8 +36,8 @@ from rosa_fx.kernels.tiles import LOW, Weighted, only_tile, region_of, tiled
 
 # Up to so many rows of x the weight is multiplied as it is decoded; beyond, a GEMM makes better use of the registers.
 FEW_ROWS = 64
-# Up to these ranks the low-rank term of a product in low precision is multiplied in float32; beyond, the GEMM is faster, which
-# needs it beside the weight: in a tile, or in a copy of a whole weight.
+# Up to these ranks the low-rank term of a product in low precision is summed in float32 before it; beyond, the GEMM is faster,
+# which needs it beside the weight: in a tile, or in a copy of a whole weight.
 _FP32_RANK, _FP32_RANK_WHOLE = 32, 64
 
 # Elements of a weight up to which products in float32 make the pass of `joined_product` (Zen 5, two cores, 1,024 rows, products
