@@ -34,9 +34,12 @@ from rosa_fx.passes.views import is_getitem, value
 
 ops = torch.ops.rosa_fx
 
+Delta = tuple[Node, ...]
+"""The tensors of a weight's terms, by which a layer is known in a graph."""
 
-def join_all_gradients(graph: Graph) -> int:
-    """The first rewrite, in place; how many layers it joined."""
+
+def join_all_gradients(graph: Graph) -> list[Delta]:
+    """The first rewrite, in place; the delta of each layer that it joined."""
     forward: dict[Any, Node] = {}
     backward: dict[Any, Node] = {}
     for transposed, node, behind in _products(graph):
@@ -49,7 +52,7 @@ def join_all_gradients(graph: Graph) -> int:
             backward[transposed, rows_identity(node.args[0]), delta] = node
         elif not behind and "recompute" not in node.meta:
             forward[transposed, rows_identity(node.args[0]), delta] = node
-    found: list[tuple[Node, Node, Node, bool]] = []
+    found: list[tuple[Delta, Node, Node, Node, bool]] = []
     for node in graph.find_nodes(op="call_function", target=ops.linear_grads.default) if forward and backward else ():
         delta, _ = _terms(node)
         wanted = {item.args[1] for item in node.users if item.users}
@@ -59,14 +62,14 @@ def join_all_gradients(graph: Graph) -> int:
         for transposed, first, second in ((True, x, dy), (False, dy, x)):
             keys = (not transposed, first, delta), (transposed, second, delta)
             if keys[0] in forward and keys[1] in backward:
-                found.append((forward.pop(keys[0]), backward.pop(keys[1]), node, transposed))
+                found.append((delta, forward.pop(keys[0]), backward.pop(keys[1]), node, transposed))
                 break
     # Only now: identities are told by nodes, which go.
-    return sum(_join_all(graph, *layer) for layer in found)
+    return [delta for delta, first, second, grads, transposed in found if _join_all(graph, first, second, grads, transposed)]
 
 
-def join_gradients(graph: Graph) -> int:
-    """The second rewrite, in place; how many pairs were joined."""
+def join_gradients(graph: Graph) -> list[Delta]:
+    """The second rewrite, in place; the delta of each layer that it joined."""
     products: dict[Any, Node] = {}
     for transposed, node, behind in _products(graph):
         delta, key = node.args[3:]
@@ -85,7 +88,8 @@ def join_gradients(graph: Graph) -> int:
             if product is not None:
                 pairs.append((product, node, transposed))
                 break
-    return sum(_join(graph, product, node, None, transposed) for product, node, transposed in pairs)
+    deltas: list[Delta] = [tuple(product.args[3]) for product, _, _ in pairs]  # type: ignore[arg-type]  # products go
+    return [delta for delta, (product, node, transposed) in zip(deltas, pairs) if _join(graph, product, node, None, transposed)]
 
 
 def _products(graph: Graph) -> Iterator[tuple[bool, Node, bool]]:

@@ -100,14 +100,18 @@ def rewrite(graph: Graph, *, strict: bool = True, work: bool = False) -> GraphRe
 
 
 def _share(graph: Graph, report: GraphReport, names: dict[Any, str]) -> None:
-    report.joined = join_all_gradients(graph)
+    joined = join_all_gradients(graph)
     shared = share_inputs(graph)
     report.shared = {"stacked": shared.stacked, "reused": shared.reused, "gradients": shared.gradients}
     for delta in shared.deltas:
         if delta in names:
             report.uses[names[delta]].shared += 1
     graph.eliminate_dead_code()
-    report.joined += join_gradients(graph)
+    joined += join_gradients(graph)
+    report.joined = len(joined)
+    for delta in joined:
+        if delta in names:
+            report.uses[names[delta]].joined += 1
 
 
 def _rewrites() -> Iterator[tuple[Any, Callable[[Graph, Node], tuple[Node, str] | None]]]:

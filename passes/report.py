@@ -42,7 +42,8 @@ class Other:
 class Use:
     """One weight in one graph: how many products and gradients were fused, and why and where others were not.
 
-    `shared` of the products take a thin product of the low-rank part that is computed once for several users.
+    `shared` of the products take a thin product of the low-rank part that is computed once for several users; `joined` of the
+    gradients come out of a product of the backward pass.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Use:
     products: int = 0
     gradients: int = 0
     shared: int = 0
+    joined: int = 0
     dense: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)

@@ -27,7 +27,8 @@ class TargetReport:
     `source`: the line of the model where the first thing that stays dense happens, `file.py:12: text`. `bytes_before`,
     `bytes_after`: the dense weight; its base and adapter. `flops_before`, `flops_after`: forward and backward of the
     captured call, with the weight dense and trained whole, and as it is now (see :mod:`rosa_fx.estimate`).
-    `products` and `gradients` were fused; `shared` of the products take a part that is computed once for several users.
+    `products` and `gradients` were fused; `shared` of the products take a part that is computed once for several users, and
+    `joined` of the gradients come out of a product of the backward pass.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TargetReport:
     flops_before: int = 0
     flops_after: int = 0
     shared: int = 0
+    joined: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ def _target(name: str, state: RosaState, graphs: Sequence[GraphReport], unread: 
         flops_before=before,
         flops_after=after,
         shared=sum(use.shared for use in uses),
+        joined=sum(use.joined for use in uses),
     )
 
 

@@ -216,7 +216,10 @@ def joined(model: nn.Module, x: Tensor, backward: bool = True) -> list[int]:
     else:
         with torch.no_grad():
             call(x)
-    assert all(report.counts["dense"] == 0 for report in reports)
+    for report in reports:
+        assert report.counts["dense"] == 0
+        assert sum(use.joined for use in report.uses.values()) == report.joined
+        assert all(use.joined <= use.gradients for use in report.uses.values())
     return [report.joined for report in reports]
 
 
@@ -239,6 +242,15 @@ def test_every_layer_of_a_backward_pass_is_joined(native: None, dtype: torch.dty
     assert joined(mlp(dtype), x[:1, :5]) == [0]  # few rows are multiplied without a tile
     for terms in ({"density": 0}, {"rank": 0}):
         assert joined(mlp(dtype, **terms), x) == [4]
+
+
+def test_explain_names_joined_layers(native: None) -> None:
+    model, x = mlp(torch.bfloat16), torch.randn(2, ROWS // 2 + 1, 32).bfloat16().requires_grad_()
+    report = rosa_fx.explain(model, x)
+    assert {target.name: (target.gradients, target.joined) for target in report.targets} == dict.fromkeys(
+        ("gate.weight", "up.weight", "down.weight", "last"), (1, 1)
+    )
+    assert [target.joined for target in rosa_fx.explain(model, x[:1, :5]).targets] == [0] * 4
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
