@@ -15,7 +15,12 @@
 #include <new>
 #include <thread>
 #include <vector>
+#if defined(_OPENMP)
 #include <omp.h>
+#else
+inline int omp_get_num_threads() { return 1; }
+inline int omp_get_thread_num() { return 0; }
+#endif
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
