@@ -130,12 +130,16 @@ bool decode_bf16(const Rows& s, int64_t begin, int64_t n, uint16_t* to) {
     const int64_t block = i >> shift, stop = std::min(end, (block + 1) << shift);
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(s.scales[block])));
     const __m512i values = _mm512_broadcast_i64x4(rounded);  // twice: the fifth bit of an index is of the neighbour's code
-    for (; i < stop; i += 32) {
-      const int64_t count = std::min<int64_t>(32, stop - i);
-      const auto bytes = __mmask16((1u << (count + 1) / 2) - 1);
-      const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(bytes, packed + (i >> 1)));
-      const __m512i at = _mm512_or_si512(_mm512_srli_epi32(codes, 4), _mm512_slli_epi32(codes, 16));
-      _mm512_mask_storeu_epi16(to + (i - begin), __mmask32(count == 32 ? ~0u : (1u << count) - 1), _mm512_permutexvar_epi16(at, values));
+    const auto look_up = [&](__m128i bytes) __attribute__((always_inline)) {
+      const __m512i codes = _mm512_cvtepu8_epi32(bytes);
+      return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(codes, 4), _mm512_slli_epi32(codes, 16)), values);
+    };
+    for (; i + 32 <= stop; i += 32)
+      _mm512_storeu_si512(to + (i - begin), look_up(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + (i >> 1)))));
+    if (i < stop) {
+      const int64_t rest = stop - i;
+      const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16((1u << (rest + 1) / 2) - 1), packed + (i >> 1));
+      _mm512_mask_storeu_epi16(to + (i - begin), __mmask32((1u << rest) - 1), look_up(bytes));
     }
     i = stop;
   }
