@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch.fx import Graph
 
+from rosa_fx.kernels import direct
 from rosa_fx.kernels.inductor import CustomGraphPass, hash_files, triton_devices
 from rosa_fx.kernels.lowering import register as register_lowerings
 from rosa_fx.passes.joint import rewrite
@@ -27,6 +28,7 @@ class RosaPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         # Inductor lowers the graph next; nothing that imports it runs earlier.
         register_lowerings()
+        direct.register()
         rewrite(graph)
 
     def uuid(self) -> bytes:

@@ -11,10 +11,8 @@ def install() -> None:
     From then on it is looked for again whenever a rewritten weight is captured: a configuration that was replaced since, or
     `torch.compile(options=...)`, would leave it out.
     """
-    from rosa_fx.kernels import direct
     from rosa_fx.kernels.inductor import add_joint_pass
     from rosa_fx.passes.inductor_pass import ROSA_PASS
 
     on_capture(install)
     add_joint_pass(ROSA_PASS)
-    direct.register()
