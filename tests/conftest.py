@@ -171,3 +171,13 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_caches(fresh_compiler: None) -> Iterator[None]:
+    """Every graph is compiled anew, whatever caches hold."""
+    # Imported here: most tests do without Inductor.
+    import torch._inductor.config as inductor_config
+
+    with inductor_config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config as inductor_config
 from rewritten_models import fill
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code, run_fw_bw_and_get_code
@@ -18,13 +16,7 @@ import rosa_fx
 from rosa_fx.kernels import direct
 from rosa_fx.state import state_of
 
-
-@pytest.fixture(autouse=True)
-def no_caches() -> Iterator[None]:
-    torch._dynamo.reset()
-    with inductor_config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("no_caches")
 
 
 def masked(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config as inductor_config
 from captured_models import FORWARD, FUSED, assert_close, captured, inputs, step, transformed
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -78,12 +77,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.relu(self.up(x)))
-
-
-@pytest.fixture
-def no_caches() -> Iterator[None]:
-    with inductor_config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
 
 
 @pytest.mark.usefixtures("no_caches")

@@ -221,14 +221,19 @@ def _by_column(matrix: Tensor) -> _Factor:
 
 def _adjacent(matrix: Tensor) -> Tensor:
     """In float32, the elements of a row or of a column adjacent."""
-    wide = matrix if matrix.dtype is torch.float32 else matrix.float()
+    wide = _fp32(matrix)
     return wide if 1 in wide.stride() else wide.contiguous()
 
 
 def _wide(matrix: Tensor) -> Tensor:
     """In float32, the elements of a row adjacent."""
-    wide = matrix if matrix.dtype is torch.float32 else matrix.float()
+    wide = _fp32(matrix)
     return wide if wide.stride(1) == 1 else wide.contiguous()
+
+
+def _fp32(matrix: Tensor) -> Tensor:
+    # `float` takes a microsecond to find that it has nothing to do.
+    return matrix if matrix.dtype is torch.float32 else matrix.float()
 
 
 def _pointer(tensor: Tensor | None) -> int:
