@@ -248,11 +248,15 @@ def made_up_rows(count: int) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_minutes_of_the_task(tmp_path: Path) -> None:
-    """Four methods of equal budget on SmolLM2-135M: all learn, and gradients choose better entries than chance."""
+    """Four methods of equal budget on SmolLM2-135M: all learn; entries that gradients chose learn faster than those of chance.
+
+    Faster at one rate, that which is best for gradient masks in the study, where it is true of every rate up to it; a rate ten
+    times as high makes up for a choice by chance, and these rows are too easy to tell two masks apart by then.
+    """
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in made_up_rows(128)), encoding="utf-8")
     bench = task.Bench(task.Setting(data.name, 96, 32, 4, 1, 128, "wl8", 4), data, "smollm2-135m")
-    rates = {"low-rank": 3e-3, "rosa 1/2": 3e-3, "sparse": 1e-3, "sparse, random mask": 1e-3}
+    rates = {"low-rank": 3e-3, "rosa 1/2": 3e-3, "sparse": 3e-4, "sparse, random mask": 3e-4}
     losses = {}
     for method, lr in rates.items():
         cell = grid.Cell(method, "large", "nf4")
