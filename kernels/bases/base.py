@@ -49,12 +49,24 @@ class TensorLayout(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class NestedScales(NamedTuple):
+    """How the scales of blocks are stored in 8 bits: scale = table[code] · absmax + offset, each rounded to float32.
+
+    table float32 [256]; absmax float32, one for each `blocksize` scales; offset float32 [].
+    """
+
+    table: Tensor
+    absmax: Tensor
+    offset: Tensor
+    blocksize: int
+
+
 class Stored(NamedTuple):
     """How D(Q) [N, K] lies in memory, for kernels that decode it themselves.
 
     kind "dense": data is the weight; "int8": data int8 [N, K], scales float32 [N], D(Q) = data · scale / 127; "4bit": data
     uint8 with two codes per byte, the first in the high half, scales float32 per block of `blocksize` elements of the flat
-    weight, table float32 [16], D(Q) = table[code] · scale.
+    weight, table float32 [16], D(Q) = table[code] · scale. With `nested`, scales holds uint8 codes instead.
     """
 
     kind: str
@@ -62,6 +74,7 @@ class Stored(NamedTuple):
     scales: Tensor | None = None
     table: Tensor | None = None
     blocksize: int = 0
+    nested: NestedScales | None = None
 
 
 @dataclasses.dataclass(frozen=True)

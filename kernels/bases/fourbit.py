@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rosa_fx.errors import RosaError
 from rosa_fx.kernels import lookup
-from rosa_fx.kernels.bases.base import BaseFormat, Stored, TensorLayout
+from rosa_fx.kernels.bases.base import BaseFormat, NestedScales, Stored, TensorLayout
 from rosa_fx.kernels.bases.dense import DenseFormat
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -109,7 +109,10 @@ class FourBitFormat(BaseFormat):
         return scales.add_(offset)
 
     def stored(self, tensors: Sequence[Tensor]) -> Stored | None:
-        return Stored("4bit", tensors[0], self.block_scales(tensors), _table(self.kind), self.blocksize)
+        nested = None
+        if self.double_quant:
+            nested = NestedScales(_dynamic_map(tensors[1].device), tensors[2], tensors[3], NESTED_BLOCKSIZE)
+        return Stored("4bit", tensors[0], tensors[1], _table(self.kind), self.blocksize, nested)
 
     def _dequantize(self, tensors: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         rows, columns = shape

@@ -20,7 +20,7 @@ constexpr int GROUP_ROWS = 8;    // rows of x that share a decoded vector of fp3
 constexpr int FEW_BLOCK = 32;    // rows of the weight per task
 constexpr int BF16_ROWS = 16;    // of those, decoded together
 
-thread_local Scratch few_x_scratch, few_columns_scratch, few_sums_scratch, few_totals_scratch, few_block_scratch;
+thread_local Scratch few_x_scratch, few_columns_scratch, few_sums_scratch, few_totals_scratch, few_block_scratch, few_scales_scratch;
 
 // The j-th column of a word is in the high half of byte j / 2 if j is even.
 constexpr int code_shift(int j) { return j / 2 * 8 + (j % 2 ? 0 : 4); }
@@ -33,6 +33,9 @@ struct FewProblem {
   const Rows* s;
   int64_t r0, r1, c0, c1, M, chunks, blocks;
   int shift;  // log2 of the blocksize
+  const float* scales;  // of the blocks from `first_block` on: all, or those of a task, decoded
+  int64_t first_block = 0;
+  INLINE_MEMBER const float* scales_at(int64_t e) const { return scales + ((e >> shift) - first_block); }
 };
 
 // How the codes and scales of a run of chunks are read.
@@ -62,7 +65,7 @@ INLINE void expect_chunk(const FewProblem& p, int64_t e, int64_t ahead) {
 
 template <int READING>
 INLINE __m512 chunk_scales(const FewProblem& p, int64_t e, int words, __m512i blocks) {
-  const float* at = p.s->scales + (e >> p.shift);
+  const float* at = p.scales_at(e);
   if (READING == LARGE_BLOCKS) return _mm512_set1_ps(*at);
   if (READING == SMALL_BLOCKS) return _mm512_permutexvar_ps(blocks, _mm512_loadu_ps(at));
   const int64_t have = p.blocks - (e >> p.shift);

@@ -21,15 +21,36 @@ void few_turn(const FewProblem& p, const float* x, int64_t x_stride, int64_t chu
     }
 }
 
+// Where the scales of the blocks are 8-bit codes: those of the rows first .. first + count, in scratch memory that they share with
+// the loads beyond the last. False without it.
+bool few_scales(FewProblem& p, int64_t first, int64_t count) {
+  if (p.s->scales) return true;
+  p.first_block = (first * p.s->K + p.c0) >> p.shift;
+  const int64_t wanted = std::min(p.blocks, (((first + count) * p.s->K) >> p.shift) + VL) - p.first_block;
+  float* own = few_scales_scratch.get<float>(wanted);
+  if (own) decode_scales(*p.s, p.first_block, wanted, own);
+  p.scales = own;
+  return own;
+}
+
+// The first columns of some rows from `first` on, which do not have to exist: asked for while S keeps the memory idle.
+void expect_rows(const FewProblem& p, int64_t first) {
+  constexpr int ROWS = 8, LINES = 16;
+  for (int64_t r = first; r < std::min(p.r1, first + ROWS); ++r) {
+    const auto* at = static_cast<const char*>(p.s->data) + (r * p.s->K + p.c0) / 2;
+    for (int line = 0; line < LINES && line * CODES < p.c1 - p.c0; ++line) _mm_prefetch(at + line * 64, _MM_HINT_T1);
+  }
+}
+
 int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const FewInput& input, const FewOutput& output,
                 const LowRankPart& part, int threads) {
   const int64_t M = input.M, x_stride = input.stride;
   const float* x = input.x;
   const int shift = __builtin_ctzll(s.blocksize);
   const int64_t chunks = (c1 - c0 + CODES - 1) / CODES;
-  const FewProblem p{&s, r0, r1, c0, c1, M, chunks, (s.N * s.K + s.blocksize - 1) >> shift, shift};
+  const FewProblem problem{&s, r0, r1, c0, c1, M, chunks, (s.N * s.K + s.blocksize - 1) >> shift, shift, s.scales};
 #if defined(__AVX512BF16__)
-  const bool pairs = input.dtype == BF16 && M > 4;  // below, decoding takes most of the time, and it is in fp32 anyway
+  const bool pairs = (input.dtype == BF16 || input.low) && M > 4;  // below, decoding takes most of the time, and it is in fp32 anyway
 #else
   const bool pairs = false;
 #endif
@@ -42,24 +63,27 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
   if (!arranged || (turns && !turned.data)) return 1;
   const auto arrange = [&](int64_t chunk) {
     for (int64_t m = 0; m < M; ++m)
-      pairs ? few_arrange<true>(p, x + m * x_stride, m, chunk, arranged) : few_arrange<false>(p, x + m * x_stride, m, chunk, arranged);
-    if (turns) few_turn(p, x, x_stride, chunk, turned);
+      pairs ? few_arrange<true>(problem, x + m * x_stride, m, chunk, arranged) : few_arrange<false>(problem, x + m * x_stride, m, chunk, arranged);
+    if (turns) few_turn(problem, x, x_stride, chunk, turned);
   };
   int failed = 0;
   Prologue rows_of_x, chunks_of_x;
+  std::atomic<int64_t> next{0};
   Crew crew;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
     chunks_of_x.run(chunks, arrange);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t task = 0; task < tasks; ++task) {
+    FewProblem p = problem;
+    // Taken one ahead, so that a thread knows what it reads next.
+    for (int64_t task = next.fetch_add(1), following; task < tasks; task = following) {
+      following = next.fetch_add(1);
       const int64_t first = r0 + task * FEW_BLOCK, count = std::min<int64_t>(FEW_BLOCK, r1 - first);
       const int64_t padded = (FEW_BLOCK * M + VL) / VL * VL;
       __m512* sums = few_sums_scratch.get<__m512>(padded);
       float* totals = few_totals_scratch.get<float>(padded);
       uint16_t* decoded = pairs ? few_block_scratch.get<uint16_t>(BF16_ROWS * SPAN_CHUNKS * CODES) : nullptr;
-      if (!sums || !totals || (pairs && !decoded)) {
+      if (!sums || !totals || (pairs && !decoded) || !few_scales(p, first, count)) {
 #pragma omp atomic write
         failed = 1;
         continue;
@@ -70,6 +94,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       else if (pairs) few_bf16(p, first, count, reinterpret_cast<const uint16_t*>(arranged), decoded, sums);
 #endif
       if (!pairs) few_fp32(p, first, count, arranged, sums);
+      expect_rows(p, r0 + following * FEW_BLOCK);
       const int64_t dtype = s.values ? s.values_dtype : F32;
       for (int64_t i = 0; M == 1 && i < count; ++i) {
         if (dtype == F32) few_beside_one<Float>(p, first + i, x, part, sums[i]);

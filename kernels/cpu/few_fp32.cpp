@@ -67,7 +67,7 @@ void few_products_of_one(const FewProblem& p, int64_t e, int64_t begin, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < WR; ++i) acc[i] = sums[i];
   for (int64_t c = begin; c < end; ++c, x += CODES, codes_at += CODES / 2) {
-    const float* scales = p.s->scales + ((e + c * CODES) >> p.shift);
+    const float* scales = p.scales_at(e + c * CODES);
     const int64_t ahead = CHUNKS_AHEAD * CODES / 2 + (c + CHUNKS_AHEAD < end ? 0 : WR * row - (end - begin) * CODES / 2);
     __m512i codes[WR];
     __m512 part[WR];

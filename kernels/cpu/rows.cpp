@@ -10,15 +10,65 @@ enum Kind { DENSE_F32 = 0, DENSE_BF16 = 1, DENSE_F16 = 2, INT8 = 3, FOUR_BIT = 4
 struct Rows {
   int64_t kind, N, K;
   const void* data;      // dense: [N, K]; int8: codes [N, K]; 4-bit: two codes per byte, the first in the high half
-  const float* scales;   // int8: per row; 4-bit: per block of the flat weight
+  const float* scales;   // int8: per row; 4-bit: per block of the flat weight, or null: they are quantised themselves
   const float* table;    // 4-bit: values of the 16 codes
   int64_t blocksize;     // 4-bit
+  const uint8_t* scale_codes;  // scale of a block = scale_table[code] nested_scales[block / nested_blocksize] + nested_offset
+  const float *scale_table, *nested_scales, *nested_offset;
+  int64_t nested_blocksize;
   const void* values;    // of S, or null
   int64_t values_dtype;
   const int32_t *row_offsets, *cols;
 };
 
 typedef float vf_unaligned __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));
+
+// Scales of the blocks first .. first + count, decoded from 8 bits: rounded twice, as bitsandbytes does it, the same bits.
+void decode_scales(const Rows& s, int64_t first, int64_t count, float* to) {
+  const int shift = __builtin_ctzll(s.nested_blocksize);
+  const float offset = *s.nested_offset;
+  for (int64_t i = 0; i < count;) {
+    const int64_t nested = (first + i) >> shift, stop = std::min(count, ((nested + 1) << shift) - first);
+    const float scale = s.nested_scales[nested];
+#if defined(__AVX512F__)
+    // The table is 16 registers: pairs of them are looked up by 5 bits of a code, and 3 bits choose among the pairs.
+    for (; i + 16 <= stop; i += 16) {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.scale_codes + first + i)));
+      const auto pair = [&](int p) {
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(s.scale_table + p * 32), code, _mm512_loadu_ps(s.scale_table + p * 32 + 16));
+      };
+      const auto bit = [&](int b) { return _mm512_test_epi32_mask(code, _mm512_set1_epi32(b)); };
+      const __mmask16 b32 = bit(32), b64 = bit(64);
+      const auto four = [&](int p) {
+        return _mm512_mask_blend_ps(b64, _mm512_mask_blend_ps(b32, pair(p), pair(p + 1)), _mm512_mask_blend_ps(b32, pair(p + 2), pair(p + 3)));
+      };
+      _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_mask_blend_ps(bit(128), four(0), four(4)), _mm512_set1_ps(scale)));
+    }
+#endif
+    for (; i < stop; ++i) to[i] = s.scale_table[s.scale_codes[first + i]] * scale;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] += offset;  // apart: in one expression it would be one rounding
+}
+
+// Scales of blocks that are asked for one after another.
+class Scales {
+ public:
+  explicit Scales(const Rows& s) : s_(s), blocks_((s.N * s.K + s.blocksize - 1) >> __builtin_ctzll(s.blocksize)) {}
+  inline float of(int64_t block) {
+    if (s_.scales) return s_.scales[block];
+    if (block >= end_) {
+      first_ = block, end_ = std::min(blocks_, block + SOME);
+      decode_scales(s_, first_, end_ - first_, some_);
+    }
+    return some_[block - first_];
+  }
+
+ private:
+  static constexpr int SOME = 64;
+  const Rows& s_;
+  int64_t blocks_, first_ = 0, end_ = 0;
+  float some_[SOME];
+};
 
 template <class E>
 INLINE void widen_span(const typename E::T* p, int64_t n, float* dst) {
@@ -70,9 +120,10 @@ struct Values {
 INLINE void decode_span(const Rows& s, int64_t begin, int64_t end, float* dst) {
   const auto* packed = static_cast<const uint8_t*>(s.data);
   const int shift = __builtin_ctzll(s.blocksize);  // a power of two
+  Scales scales(s);
   for (int64_t i = begin; i < end;) {
     const int64_t block = i >> shift, stop = std::min(end, (block + 1) << shift);
-    const float scale = s.scales[block];
+    const float scale = scales.of(block);
     const Values values(s.table, scale);
     const auto one = [&] { dst[i - begin] = s.table[i & 1 ? packed[i >> 1] & 15 : packed[i >> 1] >> 4] * scale, ++i; };
     if (i & 1) one();
@@ -126,9 +177,10 @@ bool decode_bf16(const Rows& s, int64_t begin, int64_t n, uint16_t* to) {
   const auto* packed = static_cast<const uint8_t*>(s.data);
   const int shift = __builtin_ctzll(s.blocksize);
   const __m512 table = _mm512_loadu_ps(s.table);
+  Scales scales(s);
   for (int64_t i = begin, end = begin + n; i < end;) {
     const int64_t block = i >> shift, stop = std::min(end, (block + 1) << shift);
-    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(s.scales[block])));
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(scales.of(block))));
     const __m512i values = _mm512_broadcast_i64x4(rounded);  // twice: the fifth bit of an index is of the neighbour's code
     const auto look_up = [&](__m128i bytes) __attribute__((always_inline)) {
       const __m512i codes = _mm512_cvtepu8_epi32(bytes);

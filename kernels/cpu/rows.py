@@ -24,10 +24,12 @@ _INT8, _FOUR_BIT = 3, 4  # the kinds of rows.cpp; below are dense weights, by dt
 
 # What every call passes is packed: ctypes takes three times as long to fill a structure, and ten times to pass as many
 # arguments.
-# kind, N, K; data, scales, table; blocksize; values; their dtype; row_offsets, cols
-_ROWS = struct.Struct("3q3PqPq2P")
-# The part of the weight; x, its dtype, M, stride; y, its dtype and stride; A, its stride; B, its stride, R; s; threads
-_FEW = struct.Struct("4qP3qP2qPqP2qdq")
+# kind, N, K; data, scales, table; blocksize; codes of scales, table, nested scales, offset; their blocksize; values; their
+# dtype; row_offsets, cols
+_ROWS = struct.Struct("3q3Pq4PqPq2P")
+# The part of the weight; x, its dtype, M, stride; y, its dtype and stride; A, its stride; B, its stride, R; s; threads; whether
+# in bfloat16
+_FEW = struct.Struct("4qP3qP2qPqP2qd2q")
 
 
 class _Factor(ctypes.Structure):
@@ -81,8 +83,12 @@ class Source:
             values, row_offsets, cols = csr
             self.nnz = values.numel()
             entries = values.data_ptr(), sparse.DTYPES[values.dtype], row_offsets.data_ptr(), cols.data_ptr()
+        scales, nested = _pointer(stored.scales), (0, 0, 0, 0, 0)
+        if stored.nested is not None:
+            table, absmax, offset, blocksize = stored.nested
+            scales, nested = 0, (scales, table.data_ptr(), absmax.data_ptr(), offset.data_ptr(), blocksize)
         self._rows = _ROWS.pack(
-            kind, *shape, stored.data.data_ptr(), _pointer(stored.scales), _pointer(stored.table), stored.blocksize, *entries
+            kind, *shape, stored.data.data_ptr(), scales, _pointer(stored.table), stored.blocksize, *nested, *entries
         )
 
     def holds(self, dtype: torch.dtype) -> bool:
@@ -181,13 +187,15 @@ class Source:
             raise MemoryError(f"no scratch memory for 64 rows of {x.shape[1]} elements and their sparse entries")
         return gradients
 
-    def few(self, region: Region, x: Tensor, out: Tensor, pair: tuple[Tensor, Tensor, float] | None = None) -> None:
+    def few(
+        self, region: Region, x: Tensor, out: Tensor, pair: tuple[Tensor, Tensor, float] | None = None, *, low: bool = False
+    ) -> None:
         """out [M, rows] = x [M, columns] times the transpose of that part of D(Q) + S, summed in float32 and rounded once.
 
         float32, bfloat16 or float16, elements of a row of x and of out adjacent. For few rows of x: the weight is decoded in
-        the L1 cache and never stored. Where x is bfloat16, D(Q), though not S, may be rounded to that too. `pair`: A [R,
-        columns], B [rows, R] and s, by which s (x Aᵀ) Bᵀ is added; of other dtypes than float32 they are converted. Raises
-        as `write`."""
+        the L1 cache and never stored. Where x is bfloat16, D(Q), though not S, may be rounded to that too; `low` allows it for
+        float32, and for x with it, if the processor multiplies bfloat16. `pair`: A [R, columns], B [rows, R] and s, by which
+        s (x Aᵀ) Bᵀ is added; of other dtypes than float32 they are converted. Raises as `write`."""
         A = B = None
         factors: tuple[Any, ...] = (0, 0, 0, 0, 0, 0.0)
         if pair is not None and pair[0].numel():
@@ -204,6 +212,7 @@ class Source:
             out.stride(0),
             *factors,
             torch.get_num_threads(),
+            low,
         )
         if self._library.rosa_few_rows(self._rows, call):
             raise MemoryError(f"no scratch memory for the sums of {x.shape[0]} rows")
