@@ -271,7 +271,9 @@ def _few(x: Tensor, bias: Tensor | None, source: rows.Source, beside: Weighted, 
     pair = beside[0][0].pair(beside[0][1]) if beside and beside[0][0].thin(beside[0][1]) is None else None
     rest = beside[pair is not None :]
     out = x.new_empty(x.shape[0], layout.out_shape[0], dtype=torch.float32 if rest or bias is not None else x.dtype)
-    source.few(region_of(layout), x if x.stride(1) == 1 else x.contiguous(), out, pair)
+    # As `torch.set_float32_matmul_precision("medium")` says, which is what bitsandbytes' kernels do unasked.
+    low = x.dtype is torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    source.few(region_of(layout), x if x.stride(1) == 1 else x.contiguous(), out, pair, low=low)
     for item, tensors in rest:
         left, thin = item.factors(x.float(), tensors, False)
         out.addmm_(left.float(), thin)

@@ -7,7 +7,7 @@ quantised base, so the error of quantisation is in neither. Errors are RMS over 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -126,3 +126,28 @@ def test_a_small_step_of_any_term_arrives_in_the_output(
     step = case.x.double() @ (dense_delta(case)).t()
     share = ((y.double() - exact) * step).sum() / step.square().sum()
     assert abs(share - 1) < 0.1
+
+
+@pytest.fixture
+def medium_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 31, 64])
+def test_float32_in_medium_precision(make_case: MakeCase, medium_precision: None, m: int) -> None:
+    """A few rows of float32 may then be multiplied in bfloat16, if the processor does that: the delta is exact as before."""
+    case = make_case((128, 256), "nf4", m=m)
+    how = {name: all_results(case, name)["y"] for name in ("exact", "fused")}
+    x = case.x.detach()
+    base = case.layout.base.dequantize(case.base, case.layout.shape, torch.float32)
+    in_bf16 = F.linear(x.bfloat16().double(), base.bfloat16().double()) - F.linear(x.double(), base.double())
+    error = rms(how["fused"].double() - how["exact"])
+    assert error <= 1.1 * rms(in_bf16) + 2.0**-24 * rms(how["exact"])
+    torch.set_float32_matmul_precision("highest")
+    exact = rms(all_results(case, "fused")["y"].double() - how["exact"])
+    assert exact < 1e-3 * rms(in_bf16)
+    lowers = m > 4 and torch.cpu._is_avx512_bf16_supported()
+    assert error > 100 * exact if lowers else error == exact

@@ -18,6 +18,16 @@ void wait_until(const F& done) {
   }
 }
 
+// Threads among which to spread work that takes one of them so many us. One that is wanted comes at once where it has been waiting
+// awake, as OpenMP has it for some ms by default, and some 40 us later where the user lets it sleep.
+inline int threads_for(double us, int64_t most) {
+  static const bool asleep = [] {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    return policy && (*policy == 'p' || *policy == 'P');
+  }();
+  return int(std::max<int64_t>(1, std::min(most, int64_t(us / (asleep ? 40 : 3)))));
+}
+
 class Crew {
  public:
   // All threads of the region have come here. Called by each of them, as many times by each.

@@ -45,6 +45,7 @@ struct FewInput {
   const float* x;  // the same in fp32
   int64_t stride;
   float* own;  // where that is to be written, or null where x is what was given
+  bool low;    // whether products with D(Q) may be those of bf16
 };
 
 struct FewOutput {  // [M, N]
