@@ -82,7 +82,7 @@ def everything(
         lambda: model.run(["llama-27m", "smollm2-135m"], both, 5),
         lambda: memory.run(["llama-27m", "smollm2-135m"], "float32"),
         lambda: cold.run("smollm2-135m", "float32"),
-        lambda: decode.run([shape_of(s) for s in SHAPES], [1, 8, 64], both, 7),
+        lambda: decode.run([shape_of(s) for s in SHAPES], [1, 8, 64], both, 7, ["smollm2-135m"]),
         lambda: scaling.run("float32", 5),
     ]
     leave([what for measure in parts for what in finish(measure, out, check, tries)])
@@ -190,11 +190,13 @@ def decode_command(
     check: Check = False,
     tries: Tries = 2,
     name: Name = "",
+    model_name: Models = ["smollm2-135m"],  # noqa: B006
     compiled: Annotated[bool, typer.Option(help="Compile the layers of rosa_fx.")] = True,
 ) -> None:
-    """Forward without gradients of a few rows, and after `merge`."""
-    shapes = [shape_of(s) for s in shape]
-    leave(finish(lambda: decode.run(shapes, rows, dtypes_of(dtype), rounds, compile_ours=compiled), out, check, tries, name))
+    """Forward without gradients of a few rows, and after `merge`; the next token of whole models."""
+    shapes, dtypes = [shape_of(s) for s in shape], dtypes_of(dtype)
+    measure = lambda: decode.run(shapes, rows, dtypes, rounds, model_name, compile_ours=compiled)  # noqa: E731
+    leave(finish(measure, out, check, tries, name))
 
 
 @app.command("scaling")

@@ -1,8 +1,12 @@
-"""Inference with few rows: bitsandbytes' 4-bit path + LoRA against QRoSA, and a merged layer against a plain one."""
+"""Inference with few rows: bitsandbytes' 4-bit path + LoRA against QRoSA, and a merged layer against a plain one.
+
+Single layers, and the next token of whole models, where calls of the interpreter and of the compiler count as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rosa_fx
-from benchmarks import common, layer
+from benchmarks import common, layer, model
 from benchmarks.common import Bar, Part
 from rosa_fx.state import state_of
 
 FLOOR, MERGED = "plain linear", "QRoSA merged"
+MEDIUM = f"{layer.RANDOM}, medium precision"
 
 
 def run(
@@ -22,16 +27,22 @@ def run(
     rows: Sequence[int],
     dtypes: Sequence[str],
     rounds: int,
+    models: Sequence[str] = (),
     rank: int = 16,
     density: float = 0.006,
     compile_ours: bool = True,
 ) -> Part:
-    part = Part("decode", "Inference: forward of one layer with few rows")
+    part = Part("decode", "Inference: forward with few rows")
     part.notes = [
         f"NF4 in blocks of 64, rank {rank}, {density:.1%} sparse (the peer carries no sparse part). A call is repeated until "
         "20 ms have passed; times are per call. Error: RMS from float64 with the same quantised weight, over that of the "
-        "result: the peer multiplies float32 rows in bfloat16 where the processor has that, and rosa_fx in float32."
+        "result: the peer multiplies float32 rows in bfloat16 where the processor has that, and rosa_fx in float32 unless "
+        '`torch.set_float32_matmul_precision("medium")` allows the same. Bars compare what is of one precision.',
+        "Of a model: the next token of so many sequences, without a cache of keys; the better of QLoRA eager and compiled.",
     ]
+    for name in models:
+        for kind in dtypes:
+            _model(part, name, kind, rows, rounds, compile_ours)
     for shape in shapes:
         weight = common.random_weight(shape)
         for kind in dtypes:
@@ -50,10 +61,52 @@ def run(
             for count in rows:
                 call: Any = torch.compile(ours, dynamic=False) if compile_ours else ours
                 x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(count)).to(dtype)
-                models = {FLOOR: plain, layer.QLORA: qlora, layer.RANDOM: call, MERGED: merged}
-                _one(part, models, ours, dense, x, rounds, f"{shape[0]}x{shape[1]}", kind)
+                layers = {FLOOR: plain, layer.QLORA: qlora, layer.RANDOM: call, MERGED: merged}
+                if dtype == torch.float32:
+                    layers[MEDIUM], dense[MEDIUM] = _Medium(call), dense[layer.RANDOM]
+                _one(part, layers, ours, dense, x, rounds, f"{shape[0]}x{shape[1]}", kind)
         torch._dynamo.reset()
     return part
+
+
+class _Medium:
+    """A model whose float32 products may be those of bfloat16."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self:
+            return self.model(x)
+
+    def __enter__(self) -> None:
+        torch.set_float32_matmul_precision("medium")
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_float32_matmul_precision("highest")
+
+
+@torch.no_grad()
+def _model(part: Part, name: str, kind: str, rows: Sequence[int], rounds: int, compiled: bool) -> None:
+    base = model.load(name, common.DTYPES[kind])
+    peers = (model.QLORA, model.QLORA_COMPILED, model.QROSA)
+    models = {peer: model.build(peer, name, common.DTYPES[kind], base, compiled=False).eval() for peer in peers}
+    for peer in peers:
+        # Once without a compiler: bitsandbytes then stores weights in another way, of which compiled code would not know.
+        models[peer](model.batch(base, (1, 1))["input_ids"])
+        if compiled and peer != model.QLORA:
+            rosa_fx.compile_blocks(models[peer])
+    for count in rows:
+        ids = model.batch(base, (count, 1))["input_ids"]
+        calls = {peer: _repeat(models[peer], ids, 3) for peer in peers}
+        seconds = {peer: [value / 3 for value in values] for peer, values in common.interleaved(calls, rounds).items()}
+        best = min(peers[:2], key=lambda peer: common.quartiles(seconds[peer])[0])
+        part.add(common.timing_rows(seconds, best, "x QLoRA", weight=name, rows=count, dtype=kind))
+        where = f"{name}, {count} rows, {kind}"
+        ratio = {peer: common.quartiles(common.ratios(seconds, peer, best))[0] for peer in peers}
+        part.bars.append(Bar(f"{model.QROSA}, {where}: x {best}", ratio[model.QROSA], 1.0))
+        part.panels[where] = {"x QLoRA": [(peer, value) for peer, value in reversed(ratio.items())]}
+    torch._dynamo.reset()
 
 
 @torch.no_grad()
@@ -80,7 +133,8 @@ def _one(
     part.add(rows)
     where = f"{shape}, {len(x)} rows, {kind}"
     ratio = {name: common.quartiles(common.ratios(seconds, name, layer.QLORA))[0] for name in models}
-    part.bars.append(Bar(f"{layer.RANDOM}, {where}: x {layer.QLORA}", ratio[layer.RANDOM], 1.0))
+    alike = MEDIUM if MEDIUM in ratio else layer.RANDOM
+    part.bars.append(Bar(f"{alike}, {where}: x {layer.QLORA}", ratio[alike], 1.0))
     # Two equal modules: what differs is noise.
     equal = common.quartiles(common.ratios(seconds, MERGED, FLOOR))[0]
     part.bars.append(Bar(f"{MERGED}, {where}: x {FLOOR}", equal, 1.1))
@@ -101,10 +155,14 @@ def _weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def _repeat(model: Callable[[Tensor], Tensor], x: Tensor, repeats: int) -> Callable[[], None]:
+def _repeat(call: Callable[[Tensor], Any], x: Tensor, repeats: int) -> Callable[[], None]:
     def run() -> None:
-        for _ in range(repeats):
-            model(x)
+        once = call
+        with call if isinstance(call, _Medium) else nullcontext():
+            if isinstance(call, _Medium):
+                once = call.model
+            for _ in range(repeats):
+                once(x)
 
     return run
 
