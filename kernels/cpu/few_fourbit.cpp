@@ -33,12 +33,26 @@ bool few_scales(FewProblem& p, int64_t first, int64_t count) {
   return own;
 }
 
-// The first columns of some rows from `first` on, which do not have to exist: asked for while S keeps the memory idle.
-void expect_rows(const FewProblem& p, int64_t first) {
-  constexpr int ROWS = 8, LINES = 16;
-  for (int64_t r = first; r < std::min(p.r1, first + ROWS); ++r) {
-    const auto* at = static_cast<const char*>(p.s->data) + (r * p.s->K + p.c0) / 2;
-    for (int line = 0; line < LINES && line * CODES < p.c1 - p.c0; ++line) _mm_prefetch(at + line * 64, _MM_HINT_T1);
+// In line, as what follows: GCC takes a function that only prefetches for one that does nothing, and drops calls of it.
+INLINE void ask(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+
+// What row `first + i`, which does not have to exist, needs of each tensor: asked for while S keeps the memory idle. Of the codes
+// the beginning of the rows that are read together; of S, entries of some rows at a time.
+INLINE void expect_row(const FewProblem& p, const LowRankPart& part, int64_t first, int64_t i) {
+  constexpr int CODE_ROWS = 8, LINES = 16, ENTRY_ROWS = 4;
+  const int64_t r = first + i, e = r * p.s->K + p.c0;
+  if (r >= p.r1) return;
+  if (i < CODE_ROWS)
+    for (int64_t k = 0; k < std::min<int64_t>(LINES * CODES, p.c1 - p.c0); k += CODES)
+      _mm_prefetch(static_cast<const char*>(p.s->data) + (e + k) / 2, _MM_HINT_T1);
+  if (p.s->scales) ask(p.s->scales + (e >> p.shift));
+  else ask(p.s->scale_codes + (e >> p.shift));
+  if (part.R) ask(part.B + (r - part.first) * part.b_stride);
+  if (!p.s->values || i % ENTRY_ROWS) return;
+  const int64_t size = p.s->values_dtype == F32 ? 4 : 2;
+  for (int64_t j = p.s->row_offsets[r], end = p.s->row_offsets[std::min(r + ENTRY_ROWS, p.r1)]; j < end; j += VL) {
+    ask(p.s->cols + j);
+    ask(static_cast<const char*>(p.s->values) + j * size);
   }
 }
 
@@ -94,15 +108,17 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       else if (pairs) few_bf16(p, first, count, reinterpret_cast<const uint16_t*>(arranged), decoded, sums);
 #endif
       if (!pairs) few_fp32(p, first, count, arranged, sums);
-      expect_rows(p, r0 + following * FEW_BLOCK);
+      const int64_t next_first = r0 + following * FEW_BLOCK;
       const int64_t dtype = s.values ? s.values_dtype : F32;
       for (int64_t i = 0; M == 1 && i < count; ++i) {
+        expect_row(p, part, next_first, i);
         if (dtype == F32) few_beside_one<Float>(p, first + i, x, part, sums[i]);
         else if (dtype == BF16) few_beside_one<BFloat>(p, first + i, x, part, sums[i]);
         else few_beside_one<Half>(p, first + i, x, part, sums[i]);
       }
       few_totals(sums, count * M, totals);
       for (int64_t i = 0; M > 1 && i < count; ++i) {
+        expect_row(p, part, next_first, i);
         if (dtype == F32) few_beside<Float>(p, first + i, turned, part, totals + i * M);
         else if (dtype == BF16) few_beside<BFloat>(p, first + i, turned, part, totals + i * M);
         else few_beside<Half>(p, first + i, turned, part, totals + i * M);
