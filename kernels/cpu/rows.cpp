@@ -50,14 +50,14 @@ void decode_scales(const Rows& s, int64_t first, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += offset;  // apart: in one expression it would be one rounding
 }
 
-// Scales of blocks that are asked for one after another.
+// Scales of blocks that are asked for one after another, before block `last`.
 class Scales {
  public:
-  explicit Scales(const Rows& s) : s_(s), blocks_((s.N * s.K + s.blocksize - 1) >> __builtin_ctzll(s.blocksize)) {}
+  Scales(const Rows& s, int64_t last) : s_(s), last_(last) {}
   inline float of(int64_t block) {
     if (s_.scales) return s_.scales[block];
     if (block >= end_) {
-      first_ = block, end_ = std::min(blocks_, block + SOME);
+      first_ = block, end_ = std::min(last_, block + SOME);
       decode_scales(s_, first_, end_ - first_, some_);
     }
     return some_[block - first_];
@@ -66,7 +66,7 @@ class Scales {
  private:
   static constexpr int SOME = 64;
   const Rows& s_;
-  int64_t blocks_, first_ = 0, end_ = 0;
+  int64_t last_, first_ = 0, end_ = 0;
   float some_[SOME];
 };
 
@@ -120,7 +120,7 @@ struct Values {
 INLINE void decode_span(const Rows& s, int64_t begin, int64_t end, float* dst) {
   const auto* packed = static_cast<const uint8_t*>(s.data);
   const int shift = __builtin_ctzll(s.blocksize);  // a power of two
-  Scales scales(s);
+  Scales scales(s, ((end - 1) >> shift) + 1);
   for (int64_t i = begin; i < end;) {
     const int64_t block = i >> shift, stop = std::min(end, (block + 1) << shift);
     const float scale = scales.of(block);
@@ -177,7 +177,7 @@ bool decode_bf16(const Rows& s, int64_t begin, int64_t n, uint16_t* to) {
   const auto* packed = static_cast<const uint8_t*>(s.data);
   const int shift = __builtin_ctzll(s.blocksize);
   const __m512 table = _mm512_loadu_ps(s.table);
-  Scales scales(s);
+  Scales scales(s, ((begin + n - 1) >> shift) + 1);
   for (int64_t i = begin, end = begin + n; i < end;) {
     const int64_t block = i >> shift, stop = std::min(end, (block + 1) << shift);
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(scales.of(block))));
