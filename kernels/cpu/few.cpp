@@ -64,7 +64,8 @@ int rosa_few_rows(const Rows* rows, const FewCall* call) {
   const int64_t columns = c1 - c0;
   LowRankPart part{c.A, c.B, c.a_stride, c.b_stride, R, M, r0, float(c.scale), few_left_scratch.get<float>(R * M + 1)};
   // Rows in fp32 stay where they are.
-  FewInput input{c.x, int(c.x_dtype), c.x_stride, M, columns, static_cast<const float*>(c.x), c.x_stride, nullptr, c.low && c.x_dtype == F32};
+  const bool low = c.low && c.x_dtype == F32;
+  FewInput input{c.x, int(c.x_dtype), c.x_stride, M, columns, static_cast<const float*>(c.x), c.x_stride, nullptr, low};
   if (c.x_dtype != F32) {
     input.stride = (columns + 2 * VL - 1) / VL * VL;
     input.own = few_input_scratch.get<float>(M * input.stride);

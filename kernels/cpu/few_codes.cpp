@@ -20,7 +20,8 @@ constexpr int GROUP_ROWS = 8;    // rows of x that share a decoded vector of fp3
 constexpr int FEW_BLOCK = 32;    // rows of the weight per task
 constexpr int BF16_ROWS = 16;    // of those, decoded together
 
-thread_local Scratch few_x_scratch, few_columns_scratch, few_sums_scratch, few_totals_scratch, few_block_scratch, few_scales_scratch;
+thread_local Scratch few_x_scratch, few_columns_scratch, few_sums_scratch, few_totals_scratch, few_block_scratch;
+thread_local Scratch few_scales_scratch;
 
 // The j-th column of a word is in the high half of byte j / 2 if j is even.
 constexpr int code_shift(int j) { return j / 2 * 8 + (j % 2 ? 0 : 4); }

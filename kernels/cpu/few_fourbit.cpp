@@ -64,7 +64,8 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
   const int64_t chunks = (c1 - c0 + CODES - 1) / CODES;
   const FewProblem problem{&s, r0, r1, c0, c1, M, chunks, (s.N * s.K + s.blocksize - 1) >> shift, shift, s.scales};
 #if defined(__AVX512BF16__)
-  const bool pairs = (input.dtype == BF16 || input.low) && M > 4;  // below, decoding takes most of the time, and it is in fp32 anyway
+  // Below, decoding takes most of the time, and it is in fp32 anyway.
+  const bool pairs = (input.dtype == BF16 || input.low) && M > 4;
 #else
   const bool pairs = false;
 #endif
@@ -77,7 +78,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
   if (!arranged || (turns && !turned.data)) return 1;
   const auto arrange = [&](int64_t chunk) {
     for (int64_t m = 0; m < M; ++m)
-      pairs ? few_arrange<true>(problem, x + m * x_stride, m, chunk, arranged) : few_arrange<false>(problem, x + m * x_stride, m, chunk, arranged);
+      (pairs ? few_arrange<true> : few_arrange<false>)(problem, x + m * x_stride, m, chunk, arranged);
     if (turns) few_turn(problem, x, x_stride, chunk, turned);
   };
   int failed = 0;
@@ -89,9 +90,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
     rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
     chunks_of_x.run(chunks, arrange);
     FewProblem p = problem;
-    // Taken one ahead, so that a thread knows what it reads next.
     for (int64_t task = next.fetch_add(1), following; task < tasks; task = following) {
-      following = next.fetch_add(1);
       const int64_t first = r0 + task * FEW_BLOCK, count = std::min<int64_t>(FEW_BLOCK, r1 - first);
       const int64_t padded = (FEW_BLOCK * M + VL) / VL * VL;
       __m512* sums = few_sums_scratch.get<__m512>(padded);
@@ -100,7 +99,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       if (!sums || !totals || (pairs && !decoded) || !few_scales(p, first, count)) {
 #pragma omp atomic write
         failed = 1;
-        continue;
+        break;
       }
       std::memset(static_cast<void*>(sums), 0, padded * sizeof(__m512));
 #if defined(__AVX512BF16__)
@@ -108,6 +107,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       else if (pairs) few_bf16(p, first, count, reinterpret_cast<const uint16_t*>(arranged), decoded, sums);
 #endif
       if (!pairs) few_fp32(p, first, count, arranged, sums);
+      following = next.fetch_add(1);  // before S, so that it is known what is read behind it
       const int64_t next_first = r0 + following * FEW_BLOCK;
       const int64_t dtype = s.values ? s.values_dtype : F32;
       for (int64_t i = 0; M == 1 && i < count; ++i) {
