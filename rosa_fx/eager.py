@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from rosa_fx.errors import EagerTrainingWarning, RosaError
-from rosa_fx.kernels import ops
+from rosa_fx.kernels import direct, ops
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.base import Region
 
@@ -85,16 +85,15 @@ class LazyWeight(Tensor):
     observed: bool
 
     @staticmethod
-    def __new__(cls, source: Source, like: Tensor, steps: tuple[Step, ...]) -> LazyWeight:
+    def __new__(cls, source: Source, like: Tensor | None = None, steps: tuple[Step, ...] = ()) -> LazyWeight:
+        """W itself, or what `steps` make of it, which is laid out as `like`."""
         make: Any = Tensor._make_wrapper_subclass
-        made: LazyWeight = make(
-            cls,
-            like.size(),
-            strides=like.stride(),
-            storage_offset=like.storage_offset(),
-            dtype=like.dtype,
-            device=source.base[0].device,
-        )
+        device = source.base[0].device
+        if like is None:
+            made: LazyWeight = make(cls, source.layout.shape, dtype=source.layout.dtype, device=device)
+        else:
+            place = {"strides": like.stride(), "storage_offset": like.storage_offset()}
+            made = make(cls, like.size(), dtype=like.dtype, device=device, **place)
         made.source, made.steps, made.observed = source, steps, False
         return made
 
@@ -219,21 +218,21 @@ class _Attach(torch.autograd.Function):
     """The lazy weight as a function of the delta: for uses that are not fused operators, from a dense gradient."""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, like: Tensor, *delta: Tensor) -> LazyWeight:
+    def forward(ctx: Any, source: Source, *delta: Tensor) -> LazyWeight:
         ctx.source = source
-        return LazyWeight(source, like, ())
+        return LazyWeight(source)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         source: Source = ctx.source
         out: list[Tensor | None] = [None] * len(source.delta)
         # Terms that are frozen as a whole cost nothing.
-        layout, positions = source.layout.only(ctx.needs_input_grad[2:])
+        layout, positions = source.layout.only(ctx.needs_input_grad[1:])
         if positions:
             found = ops.materialize_backward(grads[0].contiguous(), [source.delta[i] for i in positions], layout.key)
             for position, grad in zip(layout.trainable, found, strict=True):
                 out[positions[position]] = grad
-        return None, None, *out
+        return None, *out
 
 
 def is_eager() -> bool:
@@ -248,8 +247,9 @@ def is_eager() -> bool:
 def lazy_weight(base: list[Tensor], delta: list[Tensor], key: str) -> Tensor:
     """W for eager mode, as `ops.materialize(base, delta, key)` but without data."""
     source = Source(base, delta, key)
-    like = torch.empty(source.layout.shape, dtype=source.layout.dtype, device="meta")
-    weight: Tensor = _Attach.apply(source, like, *delta)
+    if not torch.is_grad_enabled():
+        return LazyWeight(source)
+    weight: Tensor = _Attach.apply(source, *delta)
     return weight
 
 
@@ -288,7 +288,8 @@ def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
         x = x.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     source = weight.source
-    layout = source.layout.part(region)
+    whole = region == (0, source.layout.shape[0], 0, source.layout.shape[1])
+    layout = source.layout if whole else source.layout.part(region)
     rows, columns = layout.out_shape
     transposed ^= flipped
     # Operands that do not fit are left to torch, which has an error for them.
@@ -296,9 +297,24 @@ def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
     out = columns if transposed else rows
     if not fits or (bias is not None and (bias.dtype != dtype or tuple(bias.shape) != (out,))):
         return NotImplemented
-    product = ops.linear_t if transposed else ops.linear
+    product: Any = ops.linear_t if transposed else ops.linear
+    if _is_all_there_is(x, bias, *source.base, *source.delta):
+        product = direct.linear_t if transposed else direct.linear
     with torch.autocast(device, enabled=False) if autocast else _nothing:
-        return product(x, bias, source.base, source.delta, layout.key)
+        return product(x, bias, source.base, source.delta, source.key if whole else layout.key)
+
+
+def _is_all_there_is(*tensors: Tensor | None) -> bool:
+    """Whether nobody but the kernel has to see a product of these: no gradients, no modes, no kinds of tensors of their own."""
+    return (
+        not torch.is_grad_enabled()
+        and is_eager()
+        and not torch._C._len_torch_dispatch_stack()
+        and all(type(tensor) in _PLAIN for tensor in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 class _Nothing:

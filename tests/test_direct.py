@@ -11,6 +11,7 @@ from rewritten_models import fill
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code, run_fw_bw_and_get_code
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rosa_fx
 from rosa_fx.kernels import direct
@@ -69,3 +70,43 @@ def test_gradients_are_recorded_where_they_are_asked_for() -> None:
 def test_functions_carry_the_operators_names(name: str) -> None:
     assert getattr(direct, name).__name__ == name
     assert hasattr(torch.ops.rosa_fx, name)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    pass
+
+
+def test_eager_products_go_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients, unless somebody else has to see them; the results are the same bits."""
+    model, x = masked(torch.bfloat16), torch.randn(2, 3, 64).bfloat16()
+    expected = model(x).detach()
+    calls: list[str] = []
+    for name in ("linear", "linear_t"):
+        kernel = getattr(direct, name)
+        monkeypatch.setattr(direct, name, lambda *a, kernel=kernel, name=name: (calls.append(name), kernel(*a))[1])
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(x @ model[0].weight.t(), expected)
+        backwards = expected @ model[0].weight
+        assert calls == ["linear", "linear", "linear_t"]
+        with Seen() as seen:
+            assert torch.equal(model(x), expected)
+        assert "rosa_fx.linear.default" in seen.operators
+        assert torch.equal(model(x.as_subclass(Own)), expected)
+        torch.func.vmap(model)(x)
+    model(x)
+    assert len(calls) == 3
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x.float()), expected)
+        assert torch.equal(expected @ model[0].weight, backwards)
+    assert calls[3:] == ["linear", "linear_t"]
