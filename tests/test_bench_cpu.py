@@ -80,7 +80,8 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode(tmp_path: Path) -> None:
     options = ["--shape", "64x128", "--model", "llama-tiny", "--rows", "2", "--rounds", "2", "--no-compiled"]
     rows = invoke(tmp_path, "decode", *options)
-    whole, single = [model.QLORA, model.QLORA_COMPILED, model.QROSA], [decode.FLOOR, layer.QLORA, layer.RANDOM, decode.MERGED]
+    whole = [model.QLORA, model.QLORA_COMPILED, decode.EAGER, model.QROSA]
+    single = [decode.FLOOR, layer.QLORA, layer.RANDOM, decode.MERGED]
     assert [row["peer"] for row in rows] == 2 * whole + [*single, decode.MEDIUM] + single
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -20,6 +20,7 @@ from rosa_fx.state import state_of
 
 FLOOR, MERGED = "plain linear", "QRoSA merged"
 MEDIUM = f"{layer.RANDOM}, medium precision"
+EAGER = "QRoSA, eager"
 
 
 def run(
@@ -89,12 +90,13 @@ class _Medium:
 @torch.no_grad()
 def _model(part: Part, name: str, kind: str, rows: Sequence[int], rounds: int, compiled: bool) -> None:
     base = model.load(name, common.DTYPES[kind])
-    peers = (model.QLORA, model.QLORA_COMPILED, model.QROSA)
-    models = {peer: model.build(peer, name, common.DTYPES[kind], base, compiled=False).eval() for peer in peers}
+    built = {model.QLORA: model.QLORA, model.QLORA_COMPILED: model.QLORA, EAGER: model.QROSA, model.QROSA: model.QROSA}
+    peers = tuple(built)
+    models = {peer: model.build(what, name, common.DTYPES[kind], base, compiled=False).eval() for peer, what in built.items()}
     for peer in peers:
         # Once without a compiler: bitsandbytes then stores weights in another way, of which compiled code would not know.
         models[peer](model.batch(base, (1, 1))["input_ids"])
-        if compiled and peer != model.QLORA:
+        if compiled and peer in (model.QLORA_COMPILED, model.QROSA):
             rosa_fx.compile_blocks(models[peer])
     for count in rows:
         ids = model.batch(base, (count, 1))["input_ids"]
