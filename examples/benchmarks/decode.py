@@ -100,6 +100,7 @@ def _model(part: Part, name: str, kind: str, rows: Sequence[int], rounds: int, c
             rosa_fx.compile_blocks(models[peer])
     for count in rows:
         ids = model.batch(base, (count, 1))["input_ids"]
+        model.verify(base, {"input_ids": ids}, models)
         calls = {peer: _repeat(models[peer], ids, 3) for peer in peers}
         seconds = {peer: [value / 3 for value in values] for peer, values in common.interleaved(calls, rounds).items()}
         best = min(peers[:2], key=lambda peer: common.quartiles(seconds[peer])[0])
