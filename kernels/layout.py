@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Layout:
         """(N, K) of one matrix of the stack, or of its part where a grouped product uses the same region of each."""
         return (self.shape[0] // self.stack, self.shape[1]) if self.region is None else self.out_shape
 
-    @property
+    @cached_property
     def key(self) -> str:
         return _encode(self)
 
@@ -73,7 +73,8 @@ class Layout:
 
     def part(self, region: Region) -> Layout:
         """The layout of a product with that part of the weight."""
-        return replace(self, region=None if region == (0, self.shape[0], 0, self.shape[1]) else region)
+        part = None if region == (0, self.shape[0], 0, self.shape[1]) else region
+        return self if part == self.region else replace(self, region=part)
 
     def part_of_each(self, region: Region) -> Layout:
         """The layout of a grouped product with that part of each matrix of the stack."""

@@ -288,8 +288,7 @@ def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
         x = x.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     source = weight.source
-    whole = region == (0, source.layout.shape[0], 0, source.layout.shape[1])
-    layout = source.layout if whole else source.layout.part(region)
+    layout = source.layout.part(region)
     rows, columns = layout.out_shape
     transposed ^= flipped
     # Operands that do not fit are left to torch, which has an error for them.
@@ -301,7 +300,7 @@ def _fused(x: Any, weight: Any, bias: Tensor | None, transposed: bool) -> Any:
     if _is_all_there_is(x, bias, *source.base, *source.delta):
         product = direct.linear_t if transposed else direct.linear
     with torch.autocast(device, enabled=False) if autocast else _nothing:
-        return product(x, bias, source.base, source.delta, source.key if whole else layout.key)
+        return product(x, bias, source.base, source.delta, layout.key)
 
 
 def _is_all_there_is(*tensors: Tensor | None) -> bool:

@@ -250,8 +250,8 @@ def made_up_rows(count: int) -> list[dict[str, Any]]:
 def test_ten_minutes_of_the_task(tmp_path: Path) -> None:
     """Four methods of equal budget on SmolLM2-135M: all learn; entries that gradients chose learn faster than those of chance.
 
-    Faster at one rate, that which is best for gradient masks in the study, where it is true of every rate up to it; a rate ten
-    times as high makes up for a choice by chance, and these rows are too easy to tell two masks apart by then.
+    Faster at one rate, that which is best for gradient masks in the study; a rate ten times as high makes up for a choice by
+    chance, and these rows are too easy to tell two masks apart by then.
     """
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in made_up_rows(128)), encoding="utf-8")

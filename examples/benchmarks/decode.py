@@ -5,8 +5,8 @@ Single layers, and the next token of whole models, where calls of the interprete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,27 +64,18 @@ def run(
                 x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(count)).to(dtype)
                 layers = {FLOOR: plain, layer.QLORA: qlora, layer.RANDOM: call, MERGED: merged}
                 if dtype == torch.float32:
-                    layers[MEDIUM], dense[MEDIUM] = _Medium(call), dense[layer.RANDOM]
+                    layers[MEDIUM], dense[MEDIUM] = call, dense[layer.RANDOM]
                 _one(part, layers, ours, dense, x, rounds, f"{shape[0]}x{shape[1]}", kind)
         torch._dynamo.reset()
     return part
 
 
-class _Medium:
-    """A model whose float32 products may be those of bfloat16."""
-
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
-        self.model = model
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with self:
-            return self.model(x)
-
-    def __enter__(self) -> None:
-        torch.set_float32_matmul_precision("medium")
-
-    def __exit__(self, *exception: object) -> None:
-        torch.set_float32_matmul_precision("highest")
+@contextmanager
+def _precision(peer: str) -> Iterator[None]:
+    """That in which a peer's float32 products are made, for as long as it is called."""
+    torch.set_float32_matmul_precision("medium" if peer == MEDIUM else "highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @torch.no_grad()
@@ -101,7 +92,7 @@ def _model(part: Part, name: str, kind: str, rows: Sequence[int], rounds: int, c
     for count in rows:
         ids = model.batch(base, (count, 1))["input_ids"]
         model.verify(base, {"input_ids": ids}, models)
-        calls = {peer: _repeat(models[peer], ids, 3) for peer in peers}
+        calls = {peer: _repeat(peer, models[peer], ids, 3) for peer in peers}
         seconds = {peer: [value / 3 for value in values] for peer, values in common.interleaved(calls, rounds).items()}
         best = min(peers[:2], key=lambda peer: common.quartiles(seconds[peer])[0])
         part.add(common.timing_rows(seconds, best, "x QLoRA", weight=name, rows=count, dtype=kind))
@@ -127,12 +118,13 @@ def _one(
     repeats = 1
     while _seconds(lambda: models[layer.QLORA](x), repeats) < 0.02:
         repeats *= 2
-    seconds = common.interleaved({name: _repeat(model, x, repeats) for name, model in models.items()}, rounds)
+    seconds = common.interleaved({name: _repeat(name, model, x, repeats) for name, model in models.items()}, rounds)
     seconds = {name: [value / repeats for value in values] for name, values in seconds.items()}
     rows = common.timing_rows(seconds, layer.QLORA, "x QLoRA", weight=shape, rows=len(x), dtype=kind)
     for row in rows:
         exact = F.linear(x.double(), dense[row["peer"]].double())
-        row["error"] = f"{common.rms(models[row['peer']](x) - exact) / common.rms(exact):.1e}"
+        with _precision(row["peer"]):
+            row["error"] = f"{common.rms(models[row['peer']](x) - exact) / common.rms(exact):.1e}"
     part.add(rows)
     where = f"{shape}, {len(x)} rows, {kind}"
     ratio = {name: common.quartiles(common.ratios(seconds, name, layer.QLORA))[0] for name in models}
@@ -158,14 +150,11 @@ def _weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def _repeat(call: Callable[[Tensor], Any], x: Tensor, repeats: int) -> Callable[[], None]:
+def _repeat(peer: str, model: Callable[[Tensor], Any], x: Tensor, repeats: int) -> Callable[[], None]:
     def run() -> None:
-        once = call
-        with call if isinstance(call, _Medium) else nullcontext():
-            if isinstance(call, _Medium):
-                once = call.model
+        with _precision(peer):
             for _ in range(repeats):
-                once(x)
+                model(x)
 
     return run
 
