@@ -139,8 +139,8 @@ def _sparse(dy: Any, x: Any, term: Sequence[Any], layout: Layout) -> list[Any]:
     ]
     device = x.get_device()
     examples = {
-        2: lambda: torch.linspace(0, int(nnz), layout.shape[0] + 1, dtype=torch.float64).to(device, torch.int32),
-        3: lambda: torch.randint(layout.shape[1], (int(nnz),), dtype=torch.int32).to(device),
+        2: lambda: torch.linspace(0, int(nnz), layout.shape[0] + 1, dtype=torch.float64, device=device).to(torch.int32),
+        3: lambda: torch.randint(layout.shape[1], (int(nnz),), dtype=torch.int32, device=device),
     }
     out = inductor.template_output("rosa_sddmm", _template(), inputs, [nnz], values.get_dtype(), options, examples)
     return [out]

@@ -141,10 +141,10 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = torch.Size(shape).numel()
     bytes_ = count * dtype.itemsize
     if bytes_ > _KEPT_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     kept: Tensor | None = getattr(_kept, name, None)
     if kept is None or kept.numel() < bytes_:
         with torch.inference_mode(False):
-            kept = torch.empty(bytes_, dtype=torch.uint8)
+            kept = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
         setattr(_kept, name, kept)
     return kept[:bytes_].view(dtype).view(torch.Size(shape))

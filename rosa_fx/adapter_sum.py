@@ -113,7 +113,7 @@ def _sum(name: str, parts: Sequence[Part]) -> _Sum:
     union, total = None, None
     if rows:
         flat, places = torch.unique(torch.cat(rows) * shape[1] + torch.cat(cols), return_inverse=True)
-        total = torch.zeros(len(flat), dtype=torch.float64).index_add_(0, places, torch.cat(values))
+        total = torch.zeros(len(flat), dtype=torch.float64, device=flat.device).index_add_(0, places, torch.cat(values))
         union = Mask.from_indices(flat // shape[1], flat % shape[1], shape)
     return _Sum(shape, next(iter(bases)), low_rank, union, total)
 
@@ -124,7 +124,7 @@ def _joined(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     if A.shape[-2] <= min(rows, columns):
         return A, B
     product = B @ A
-    one = torch.eye(min(rows, columns), dtype=A.dtype).expand(*A.shape[:-2], -1, -1)
+    one = torch.eye(min(rows, columns), dtype=A.dtype, device=A.device).expand(*A.shape[:-2], -1, -1)
     return (one, product) if columns <= rows else (product, one)
 
 

@@ -28,7 +28,7 @@ def fingerprint(weight: Tensor) -> Tensor:
     it guards against mistakes, not against forgery.
     """
     if weight.is_meta or is_fake(weight):
-        return torch.zeros(BYTES, dtype=torch.uint8)
+        return torch.zeros(BYTES, dtype=torch.uint8, device="cpu")
     values = _narrowest(weight.detach())
     bits = values.contiguous().view(-1).view(_INTEGERS[values.itemsize])
     factors = _factors(bits.device)

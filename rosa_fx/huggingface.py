@@ -159,7 +159,7 @@ class RosaCallback(TrainerCallback):
         remaining = max(1, state.max_steps - self._restart_step)
         if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) or not _of_transformers(scheduler.lr_lambdas[0]):
             return  # the user's own, which goes on as it is
-        groups = [{"params": [torch.zeros(())], "lr": rate} for rate in scheduler.base_lrs]
+        groups = [{"params": [torch.zeros((), device="cpu")], "lr": rate} for rate in scheduler.base_lrs]
         again = get_scheduler(
             args.lr_scheduler_type,
             torch.optim.SGD(groups),

@@ -65,7 +65,8 @@ class PackedWeight:
         one to the next, and double-quantised scales too: there it is zeros (unknown).
         """
         scales = self.tensors[1]
-        return fingerprint(scales) if scales.is_floating_point() else torch.zeros(BYTES, dtype=torch.uint8)
+        known = scales.is_floating_point()
+        return fingerprint(scales) if known else torch.zeros(BYTES, dtype=torch.uint8, device="cpu")
 
 
 def find_packed(module: nn.Module, attribute: str) -> PackedWeight | str | None:

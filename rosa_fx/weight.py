@@ -55,7 +55,7 @@ class FrozenBase(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBase:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         buffers, self._buffers = self._buffers, {}
         super()._apply(fn, recurse)  # parameters, if there are any: codes are integers, and keep their dtype anyway
         self._buffers = buffers
@@ -74,7 +74,7 @@ class LowRankParameters(nn.Module):
     def __init__(self, reading: Reading, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.init = init
-        self.seed = int(torch.randint(2**62, ()).item())
+        self.seed = int(torch.randint(2**62, (), device="cpu").item())
         stack = () if reading.stack == 1 else (reading.stack,)
         self.A = nn.Parameter(torch.empty(*stack, rank, reading.columns, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.empty(*stack, reading.rows, rank, dtype=dtype, device=device))
@@ -88,9 +88,9 @@ class LowRankParameters(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the initial state: A as drawn at the transform, B zero."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         rank, columns = self.A.shape[-2:]
-        start = torch.empty(self.A.shape)
+        start = torch.empty(self.A.shape, device="cpu")
         if self.init == "kaiming":
             # Kaiming-uniform with a = sqrt(5), as LoRA does: bound = sqrt(6 / ((1 + a²) fan_in)) = 1 / sqrt(K).
             start.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)

@@ -163,7 +163,7 @@ def _ops() -> Any:
 
 @functools.cache
 def _table(kind: str) -> Tensor:
-    return torch.tensor(lookup.table(kind))
+    return torch.tensor(lookup.table(kind), device="cpu")
 
 
 @functools.cache

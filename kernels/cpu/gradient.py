@@ -30,7 +30,7 @@ def weight_gradient(dy: Tensor, x: Tensor, *, absolute: bool = False) -> Tensor:
     if library is None:
         out = _torch(dy, x)
         return out.abs_() if absolute else out
-    out = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+    out = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     _run(library, dy, x, out, _STORE_SIZE if absolute else _STORE)
     return out
 

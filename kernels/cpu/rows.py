@@ -171,14 +171,14 @@ class Source:
             assert region == (0, self._shape[0], 0, self._shape[1])
             assert other.dtype == x.dtype
             call.other, (call.other_stride_m, call.other_stride_o) = other.data_ptr(), other.stride()
-            gradients.append(torch.empty(self.nnz, dtype=torch.float32))
+            gradients.append(torch.empty(self.nnz, dtype=torch.float32, device="cpu"))
             call.values_grad = gradients[0].data_ptr()
             if kept is not None and call.R:
                 assert kept.dtype == x.dtype
                 kept = kept.contiguous()
                 held.append(kept)
                 call.kept = kept.data_ptr()
-                dA, dB = torch.empty(call.R, self._shape[1]), torch.empty(self._shape[0], call.R)
+                dA, dB = (torch.empty(size, device="cpu") for size in ((call.R, self._shape[1]), (self._shape[0], call.R)))
                 gradients += [dA, dB]
                 call.inner_grad, call.outer_grad = map(_by_column, (dB.t(), dA) if transposed else (dA, dB.t()))
         if x.shape[0] == 0:

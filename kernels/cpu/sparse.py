@@ -159,7 +159,7 @@ def sddmm(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor, out_dtype: t
     dy, x = dy.detach(), x.detach()
     if cols.numel() == 0:
         return x.new_empty(0, dtype=out_dtype)
-    out = torch.empty(cols.numel(), dtype=torch.float32)
+    out = torch.empty(cols.numel(), dtype=torch.float32, device="cpu")
     failed = library.rosa_sddmm(
         dy.data_ptr(),
         DTYPES[dy.dtype],
@@ -215,8 +215,8 @@ def select_topk(score: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     library = native(score)
     if library is None:
         return topk.select_topk(score, nnz)
-    row_offsets = torch.empty(rows + 1, dtype=torch.int32)
-    cols = torch.empty(nnz, dtype=torch.int32)
+    row_offsets = torch.empty(rows + 1, dtype=torch.int32, device="cpu")
+    cols = torch.empty(nnz, dtype=torch.int32, device="cpu")
     status = library.rosa_select_topk(
         score.data_ptr(),
         rows,

@@ -47,12 +47,12 @@ def make_batches(
         random.Random(seed).shuffle(order)
     batches = []
     for start in range(0, len(order), batch_size):
-        ids = torch.full((batch_size, length), pad_token, dtype=torch.int64)
-        labels = torch.full((batch_size, length), IGNORED, dtype=torch.int64)
+        ids = torch.full((batch_size, length), pad_token, dtype=torch.int64, device="cpu")
+        labels = torch.full((batch_size, length), IGNORED, dtype=torch.int64, device="cpu")
         for i, index in enumerate(order[start : start + batch_size]):
             row = rows[index]
-            ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
-            labels[i, : len(row.labels)] = torch.tensor(row.labels)
+            ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids, device="cpu")
+            labels[i, : len(row.labels)] = torch.tensor(row.labels, device="cpu")
         batches.append({"input_ids": ids, "labels": labels})
     return batches
 

@@ -127,7 +127,7 @@ def _settings(path: Path, stored: Mapping[str, Any], processes: Processes) -> di
     entry = stored.get(_SETTINGS)
     if not isinstance(entry, TensorStorageMetadata):
         raise RosaError(f"{path} was not written by rosa_fx.save_training_state")
-    text = {_SETTINGS: torch.empty(entry.size, dtype=torch.uint8)}
+    text = {_SETTINGS: torch.empty(entry.size, dtype=torch.uint8, device="cpu")}
     dcp.load(text, storage_reader=dcp.FileSystemReader(path), no_dist=processes.alone)
     settings: dict[str, Any] = json.loads(text[_SETTINGS].numpy().tobytes())
     if settings["version"] != VERSION:

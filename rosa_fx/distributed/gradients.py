@@ -66,7 +66,7 @@ def average_(parameters: Sequence[nn.Parameter], processes: Processes, share: fl
     for parameter in parameters:
         groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for (dtype, device), members in groups.items():
-        flags = torch.tensor([float(p.grad is not None) for p in members])
+        flags = torch.tensor([float(p.grad is not None) for p in members], device="cpu")
         # The flags travel along: whether a gradient exists is then known without a second call.
         parts = [flags.to(device, dtype), *(_flat_gradient(parameter) for parameter in members)]
         total = processes.sum_(torch.cat(parts))

@@ -115,9 +115,9 @@ class BatchSource:
 
     def _order(self) -> list[int]:
         if getattr(self, "_order_of", None) != self.epoch:
-            generator = torch.Generator()
+            generator = torch.Generator("cpu")
             generator.manual_seed(self._seed * 1_000_003 + self.epoch)
-            self._permutation: list[int] = torch.randperm(self.length or 0, generator=generator).tolist()
+            self._permutation: list[int] = torch.randperm(self.length or 0, generator=generator, device="cpu").tolist()
             self._order_of = self.epoch
         return self._permutation
 

@@ -31,7 +31,7 @@ def snapshot(run: RunState) -> Checkpoint:
         "schedule": schedule_tensors,
         "random": random_tensors,
         "buffers": running_statistics(run.model),
-        "metrics": {"losses": torch.tensor(run.losses, dtype=torch.float64)},
+        "metrics": {"losses": torch.tensor(run.losses, dtype=torch.float64, device="cpu")},
     }
     state: dict[str, Any] = {
         "step": mark.step,

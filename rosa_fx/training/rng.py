@@ -25,7 +25,7 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
-        "python": torch.tensor(words, dtype=torch.int64),
+        "python": torch.tensor(words, dtype=torch.int64, device="cpu"),
         "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         "torch": torch.get_rng_state(),
     }
