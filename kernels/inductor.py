@@ -114,7 +114,7 @@ def generates_triton(device: torch.device) -> bool:
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return config.cuda_backend == "triton" and has_triton(device)
+        return config.cuda_backend == "triton" and has_triton()
     return device.type == "cpu" and config.cpu_backend == "triton"
 
 
@@ -218,7 +218,8 @@ def triton_template(name: str, by_row: bool, source: str) -> Any:
     """A `TritonTemplate` over tiles of its output [rows, columns].
 
     Tiles are BLOCK_M rows by BLOCK_N columns (BLOCK_K if TRANSPOSED), counted in one dimension of the grid; `by_row`: one row
-    by BLOCK_K columns, in two. Sources may call `output_pointer()` for the name of the output's pointer.
+    by BLOCK_K columns, in two, of the first COLUMNS if there is that constant. Sources may call `output_pointer()` for the name
+    of the output's pointer.
     """
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
 
@@ -228,7 +229,7 @@ def triton_template(name: str, by_row: bool, source: str) -> Any:
 
     @SymbolicGridFn
     def rows_by_tiles(rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
-        return rows, cdiv(columns, meta["BLOCK_K"]), 1
+        return rows, cdiv(meta.get("COLUMNS", columns), meta["BLOCK_K"]), 1
 
     class Kernel(TritonTemplateKernel):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -361,14 +362,15 @@ def contiguous(node: Any) -> Any:
 
 
 def triton_devices() -> bool:
-    """Whether this process wants Triton kernels: on CUDA if `ROSA_FX_TRITON=1`, or where Inductor runs Triton on the CPU.
+    """Whether this process wants Triton kernels: where there is a GPU or Inductor runs Triton on the CPU.
 
-    They are proven in Triton's interpreter and by offline compilation, not yet on a GPU: until then they are asked for.
+    `ROSA_FX_TRITON=0` turns them off. AMD's GPUs have not run them yet: there `ROSA_FX_TRITON=1` asks for them.
     """
     import torch._inductor.config as config
 
-    asked = os.environ.get("ROSA_FX_TRITON", "0") == "1"
-    return (asked and torch.cuda.is_available()) or config.cpu_backend == "triton"
+    unasked = "0" if torch.version.hip is not None else "1"
+    wanted = os.environ.get("ROSA_FX_TRITON", unasked) == "1"
+    return (wanted and torch.cuda.is_available()) or config.cpu_backend == "triton"
 
 
 def max_autotune() -> bool:

@@ -6,6 +6,7 @@ caller says which one it takes.
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,7 @@ def present(device: Device) -> Iterator[None]:
     import bitsandbytes  # noqa: F401  (asks at import whether there is a GPU, and must not be told)
     import torch._inductor.config as config
     from torch._dynamo.device_interface import CudaInterface
+    from torch.utils import _triton as triton_support
     from triton.runtime import driver
 
     properties = device.properties()
@@ -121,14 +123,15 @@ def present(device: Device) -> Iterator[None]:
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "synchronize", lambda *args: None),
         (torch.version, "hip", "6.4" if device.backend == "hip" else None),
-        (inductor, "triton_devices", lambda: True),
-        (inductor, "generates_triton", lambda device: True),
+        # What has been found out about devices is remembered.
+        (triton_support, "has_triton", lambda: True),
         (inductor, "constant", _fake_constant),
     ]
     before = driver._active
     with ExitStack() as stack:
         for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(mock.patch.dict(os.environ, {"ROSA_FX_TRITON": "1"}))
         stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1, max_autotune_gemm=True))
         driver.set_active(_driver(device))
         try:

@@ -163,6 +163,7 @@ def _options(operands: Operands, columns: int) -> dict[str, Any]:
         "BIAS": operands.bias is not None,
         "INT8_STEP": INT8_STEP,
         "PAIRED": k % 2 == 0,
+        "K_MOD_4": k % 4,
         "BLOCKSIZE": fourbit.blocksize if fourbit else 0,
         "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE,
         "DOUBLE_QUANT": fourbit is not None and fourbit.double_quant,
@@ -258,7 +259,7 @@ def _code_examples(operands: Operands) -> dict[int, Callable[[], torch.Tensor]]:
 
     def codes(shape: list[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
         limits = torch.iinfo(dtype)
-        return lambda: torch.randint(limits.min, limits.max + 1, shape, dtype=dtype).to(device)
+        return lambda: torch.randint(limits.min, limits.max + 1, shape, dtype=dtype, device=device)
 
     parts = enumerate(operands.weight, 1)
     integers = {torch.uint8, torch.int8}
@@ -276,10 +277,10 @@ def _csr_examples(operands: Operands, first: int) -> dict[int, Callable[[], torc
     product, device = operands.product, operands.x.get_device()
 
     def offsets() -> torch.Tensor:
-        return torch.linspace(0, product.nnz, product.n + 1, dtype=torch.float64).to(device, torch.int32)
+        return torch.linspace(0, product.nnz, product.n + 1, dtype=torch.float64, device=device).to(torch.int32)
 
     def columns() -> torch.Tensor:
-        return torch.randint(product.k, (product.nnz,), dtype=torch.int32).to(device)
+        return torch.randint(product.k, (product.nnz,), dtype=torch.int32, device=device)
 
     return {first + 1: offsets, first + 2: columns}
 
@@ -358,7 +359,7 @@ def _dense(operands: Operands, rank: int) -> Any:
 
 def _dense_options(operands: Operands, rank: int) -> dict[str, Any]:
     n, k = operands.layout.shape
-    tile = tiling.scratch_tile(k if operands.product.transposed else k + rank)
+    tile = tiling.scratch_tile(k)
     return _options(operands, tile.columns) | {
         "RANK": rank,
         "ROWS": n,
@@ -366,6 +367,7 @@ def _dense_options(operands: Operands, rank: int) -> dict[str, Any]:
         "ROW_MASK": True,
         "COLUMN_MASK": True,
         "BLOCK_K": tile.columns,
+        "BLOCK_R": tiling.power_of_two(rank, 1, 2 * rank + 1),
         "BLOCK_S": 64,
         "num_warps": tile.warps,
         "num_stages": 1,

@@ -186,7 +186,8 @@ def _sddmm_torch(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor) -> Te
     # Whole rows of the transposes are gathered, a bounded number of them at a time: never a dense [N, K] gradient.
     dy_t, x_t = dy.detach().t().contiguous(), x.detach().t().contiguous()
     out = torch.zeros(cols.numel(), dtype=dtype, device=x.device)
-    step = max(1, _CHUNK // max(1, x.shape[0]))
+    # On a GPU short pieces would be launches and little else.
+    step = max(1, (_CHUNK if x.is_cpu else 16 * _CHUNK) // max(1, x.shape[0]))
     for j in range(0, cols.numel(), step):
         left, right = dy_t.index_select(0, rows[j : j + step]), x_t.index_select(0, cols[j : j + step])
         torch.sum(left.to(dtype) * right.to(dtype), dim=1, out=out[j : j + step])
