@@ -1,11 +1,13 @@
 """Time one linear layer on your GPU: python examples/bench_gpu.py [--shapes 4096x4096 ...] [--rows 1 16 2048] [--out bench.csv]
 
-Per shape [N, K] and number of rows M, forward alone and forward with backward, interleaved:
+Per shape [N, K] and number of rows M, forward alone and forward with backward, interleaved. What is timed is the GPU: the
+host's part, which models hide by running ahead or by CUDA graphs, is not in it.
 
     dense             F.linear with a frozen weight: what everything else is compared with
     bitsandbytes+peft Linear4bit (NF4) with PEFT's LoRA of the same rank; it has no sparse part
     rosa_fx composed  torch.compile; one dequantised weight, then the vendor's GEMM
     rosa_fx triton    torch.compile with ROSA_FX_TRITON=1: kernels that decode in the GEMM's loop where the heuristics choose so
+    ... CUDA graph    the same, replayed as one graph for each pass, without the host's part
     rosa_fx autotuned the same, where Inductor times the candidates first (only with --autotune)
 
 Before anything is timed every contender's results are compared with float64. The column error_ratio is its RMS error over that
@@ -33,6 +35,8 @@ import rosa_fx
 
 LLAMA = ["4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192"]
 ERROR_LIMIT = 1.1
+# Cycles, some 5 ms: longer than the host takes for the calls of a pass.
+HEAD_START = 10_000_000
 # Results and activations of this many rows are compared with float64.
 CHECKED_ROWS = 256
 
@@ -127,6 +131,7 @@ def peft(layer: Layer) -> Contender:
 
 
 def rosa(layer: Layer, name: str, **compile_options: bool) -> Contender:
+    """Dynamo takes what it compiled for a model of the same structure, unless the options differ: give each its own."""
     n, k = layer.weight.shape
     model = nn.Sequential(nn.Linear(k, n, bias=False, device=layer.x.device, dtype=layer.x.dtype))
     with torch.no_grad():
@@ -194,7 +199,10 @@ def error_ratio(contender: Contender, layer: Layer) -> float:
 
 
 def measure(contenders: list[Contender], layer: Layer, repeats: int) -> None:
-    """Milliseconds of every contender in turn, `repeats` times, with the caches of the GPU overwritten in between."""
+    """Milliseconds of every contender in turn, `repeats` times, with the caches of the GPU overwritten in between.
+
+    Of the GPU's own time: it is kept busy until the host has enqueued all of a pass.
+    """
     cuda = layer.x.is_cuda
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=layer.x.device) if cuda else None
     for repeat in range(repeats):
@@ -204,6 +212,7 @@ def measure(contenders: list[Contender], layer: Layer, repeats: int) -> None:
                 run = contender.forward if name == "forward" else contender.backward
                 if flush is not None:
                     flush.zero_()
+                    torch.cuda._sleep(HEAD_START)
                     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     start.record()
                     run(layer)
@@ -249,7 +258,8 @@ def build(layer: Layer, device: str, autotune: bool) -> tuple[list[Contender], d
         missing["rosa_fx triton"] = "Triton kernels need a GPU"
         return found, missing
     os.environ["ROSA_FX_TRITON"] = "1"
-    found.append(rosa(layer, "rosa_fx triton"))
+    found.append(rosa(layer, "rosa_fx triton", epilogue_fusion=True))
+    found.append(rosa(layer, "rosa_fx triton, CUDA graph", **{"triton.cudagraphs": True}))
     if autotune:
         found.append(rosa(layer, "rosa_fx autotuned", max_autotune=True))
     for contender in found:

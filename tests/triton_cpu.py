@@ -1,8 +1,9 @@
 """A CPU on which Inductor generates Triton: kernels run on CPU tensors in Triton's interpreter.
 
-Import this module before anything imports triton, in a process of its own: it registers a Triton backend named "cpu", and
-points Inductor's CPU device at Triton. From then on `torch.compile(f)(cpu_tensors)` generates real Triton source (pointwise
-kernels, reductions, templates with fused epilogues) and executes it. It is slow, numpy per program: keep shapes small.
+Import this module before anything imports triton, in a process of its own, and call `install`: it registers a Triton backend
+named "cpu", and points Inductor's CPU device at Triton. From then on `torch.compile(f)(cpu_tensors)` generates real Triton
+source (pointwise kernels, reductions, templates with fused epilogues) and executes it. It is slow, numpy per program: keep
+shapes small.
 """
 
 from __future__ import annotations
@@ -128,28 +129,16 @@ def round_and_multiply_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
-def empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Memory of a generated module: NaN or the largest value, so that reading what was not written shows."""
-    out = torch.empty_strided(size, stride, dtype=dtype)
-    return out.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max if dtype != torch.bool else 1)
-
-
 def install() -> None:
     """From now on Inductor generates Triton for the CPU of this process."""
+    round_and_multiply_bfloat16()
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime import triton_helpers
 
     # Where a GPU kernel gets a pointer to a tensor without dimensions, one beside CPU tensors would get a number.
     GraphLowering.is_unspec_arg = lambda self, name: False
-    # Generated modules take their allocator from here when they are loaded.
-    torch._C._dynamo.guards._empty_strided_cpu = empty_strided
     triton.backends.backends["cpu"] = Backend(InterpreterCompiler, InterpreterDriver)
     triton.runtime.driver.set_active(InterpreterDriver())
     inductor_config.cpu_backend = "triton"
-    inductor_config.fx_graph_cache = False
     inductor_config.compile_threads = 1
     triton_helpers.libdevice = Libdevice()
-
-
-round_and_multiply_bfloat16()
-install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import silu
+from triton_device import seeded
 from triton_layers import build, check
 
 from rosa_fx.kernels import ops, tiling
@@ -58,7 +59,7 @@ def test_rows_beyond_the_hint(tiles: Tiles) -> None:
     torch._dynamo.reset()
     function = torch.compile(run, fullgraph=True, dynamic=True)
     for rows in (5, 19, 33):
-        layer.x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        layer.x = torch.randn(rows, 128, generator=seeded(rows)).to(torch.bfloat16)
         with torch.no_grad():
             out = function(layer.x)
         exact = silu(layer.exact())

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from triton_device import seeded
 from triton_layers import kernels, operator_calls
 
 from rosa_fx.kernels import inductor, lower_grads, lowering, ops
@@ -96,7 +97,7 @@ def build(
     only_sparse: bool = False,
 ) -> Case:
     """Random operands. `entries`: "none", "random" (a fifth), "one row", "one entry" or "empty rows" (every other)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
@@ -210,8 +211,8 @@ def test_layers_with_one_input_share_its_transpose() -> None:
         exact, bound = case.expected()[0]
         assert ((got.double() - 2 * exact).abs() <= 2 * bound).all()
     pointwise = [name for name in kernels("\n".join(code)) if "_tem_" not in name]
-    # x * 2, and one transpose each of it and of both dy.
-    assert len(pointwise) == 4, pointwise
+    # x * 2, and one transpose each of it and of both dy; the first two may be one kernel.
+    assert len(pointwise) in (3, 4), pointwise
 
 
 def test_dynamic_rows_and_repeated_results() -> None:

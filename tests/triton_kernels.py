@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from triton_device import INTERPRETED
 from triton_layers import FORMATS, Layer, build, calls, check, kernels
 
 from rosa_fx.kernels import cost, inductor, ops, tiling
@@ -60,11 +61,15 @@ def test_any_blocksize(blocksize: int, columns: int, transposed: bool) -> None:
 
 
 def within_budget(layer: Layer) -> None:
-    """RMS error at most 1.1 times that of the plain computation in the same dtype."""
+    """RMS error at most 1.1 times that of the plain computation in the same dtype.
+
+    In float32 twice that on a GPU, whose library splits sums as it finds best for their lengths.
+    """
     out, _ = layer.compiled()
     exact = layer.exact()
     ours, plain = ((result.double() - exact).square().mean().sqrt().item() for result in (out, layer.plain()))
-    assert ours <= 1.1 * plain, f"RMS error {ours:.3e}, plain {plain:.3e}"
+    times = 1.1 if INTERPRETED or layer.x.dtype != torch.float32 else 2.0
+    assert ours <= times * plain, f"RMS error {ours:.3e}, plain {plain:.3e}"
 
 
 BUDGETS = [(name, dtype) for name in ("dense", "nf4", "int8") for dtype in (torch.float32, torch.bfloat16)]

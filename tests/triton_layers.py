@@ -1,4 +1,4 @@
-"""Products with a rewritten weight, and what Inductor generates for them, for the files that the interpreter executes.
+"""Products with a rewritten weight, and what Inductor generates for them, for files that run interpreted or on a GPU.
 
 Every output and scratch buffer starts as NaN. Results are compared with float64: small shapes, where an RMS is not stable,
 element by element under the bound of rounding analysis; larger ones under the error budget of the other operator tests.
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton_cpu  # noqa: F401  (what Inductor generates for the CPU is executed from here on)
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from triton_device import seeded
 
 from rosa_fx.kernels import lowering, ops
 from rosa_fx.kernels.bases.base import BaseFormat, base_format
@@ -118,7 +118,7 @@ def build(
     seed: int = 0,
 ) -> Layer:
     """Random operands. `entries`: "none", "random" (a fifth), "one row" or "empty rows" (every other)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)

@@ -28,7 +28,7 @@ def linear4bit(weight: Tensor, dtype: torch.dtype) -> nn.Module:
     module.weight = bnb.nn.Params4bit(
         weight.to(dtype).clone(), requires_grad=False, quant_type="nf4", compress_statistics=False
     )
-    return module.to("cpu")
+    return module.to(weight.device)
 
 
 def dense4bit(model: nn.Module) -> Tensor:

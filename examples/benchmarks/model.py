@@ -23,23 +23,32 @@ LOW_RANK, MASK = "QRoSA before its masks, compiled", "QRoSA mask step, compiled"
 RANK, DENSITY = 16, 0.006
 
 LLAMAS: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
     "llama-27m": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "llama-tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
 
 
-def load(name: str, dtype: torch.dtype) -> nn.Module:
-    """A random Llama of that size, or SmolLM2-135M, in `dtype`, ready to train."""
+def load(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """A random Llama of that size, or SmolLM2-135M, in `dtype` on `device`, ready to train."""
     if name in LLAMAS:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=2048, max_position_embeddings=2048, **LLAMAS[name]))
+        sizes = {"vocab_size": 2048, "max_position_embeddings": 2048} | LLAMAS[name]
+        with torch.device(device):
+            model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes))
         model = model.to(dtype)
     else:
         from rosa_fx.models import load_model
 
-        model = load_model(name, dtype)[0]
+        model = load_model(name, dtype)[0].to(device)
     model.config.use_cache = False  # type: ignore[union-attr]
     return model.train()
 
@@ -85,6 +94,7 @@ def build(peer: str, name: str, dtype: torch.dtype, base: nn.Module | None = Non
 def batch(model: nn.Module, tokens: tuple[int, int]) -> dict[str, Tensor]:
     vocabulary = model.config.vocab_size  # type: ignore[union-attr]
     ids = torch.randint(0, int(vocabulary), tokens, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    ids = ids.to(next(model.parameters()).device)
     return {"input_ids": ids, "labels": ids}
 
 
