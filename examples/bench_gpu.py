@@ -5,9 +5,8 @@ host's part, which models hide by running ahead or by CUDA graphs, is not in it.
 
     dense             F.linear with a frozen weight: what everything else is compared with
     bitsandbytes+peft Linear4bit (NF4) with PEFT's LoRA of the same rank; it has no sparse part
-    rosa_fx composed  torch.compile; one dequantised weight, then the vendor's GEMM
-    rosa_fx triton    torch.compile with ROSA_FX_TRITON=1: kernels that decode in the GEMM's loop where the heuristics choose so
-    ... CUDA graph    the same, replayed as one graph for each pass, without the host's part
+    rosa_fx composed  torch.compile with ROSA_FX_TRITON=0: one dequantised weight, then the vendor's GEMM, by separate calls
+    rosa_fx triton    torch.compile: kernels that decode in the GEMM's loop or into a scratch buffer, as the heuristics choose
     rosa_fx autotuned the same, where Inductor times the candidates first (only with --autotune)
 
 Before anything is timed every contender's results are compared with float64. The column error_ratio is its RMS error over that
@@ -225,6 +224,23 @@ def measure(contenders: list[Contender], layer: Layer, repeats: int) -> None:
                     contender.times[name].append(1e3 * (time.perf_counter() - begin))
 
 
+def profile(contender: Contender, layer: Layer) -> None:
+    """Print what the GPU spends forward with backward on, by kernel, to standard error."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    times = 10
+    with record(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(times):
+            contender.backward(layer)
+        torch.cuda.synchronize()
+    spent = [(row.device_time_total / times, row.count / times, row.key) for row in seen.key_averages()]
+    print(f"{contender.name}: {sum(us for us, _, _ in spent):.1f} us in kernels", file=sys.stderr)
+    for us, count, name in sorted(spent, reverse=True):
+        if us:
+            print(f"{us:10.1f} us  {count:3.0f}x  {name[:100]}", file=sys.stderr)
+
+
 def machine(device: str) -> dict[str, str]:
     """Name of the GPU, driver and versions: the first columns of every line."""
     driver = "none"
@@ -259,7 +275,6 @@ def build(layer: Layer, device: str, autotune: bool) -> tuple[list[Contender], d
         return found, missing
     os.environ["ROSA_FX_TRITON"] = "1"
     found.append(rosa(layer, "rosa_fx triton", epilogue_fusion=True))
-    found.append(rosa(layer, "rosa_fx triton, CUDA graph", **{"triton.cudagraphs": True}))
     if autotune:
         found.append(rosa(layer, "rosa_fx autotuned", max_autotune=True))
     for contender in found:
@@ -283,6 +298,9 @@ def bench(arguments: argparse.Namespace, n: int, k: int, m: int) -> list[dict[st
             lines.append(head | {"contender": contender.name, "error_ratio": f"{contender.error_ratio:.3f}", "note": note})
         else:
             timed.append(contender)
+    if arguments.profile:
+        for contender in timed:
+            profile(contender, layer)
     measure(timed, layer, 3)
     for contender in timed:
         contender.times = {name: [] for name in contender.times}
@@ -307,23 +325,8 @@ def bench(arguments: argparse.Namespace, n: int, k: int, m: int) -> list[dict[st
     return lines
 
 
-COLUMNS = [
-    "gpu",
-    "driver",
-    "cuda",
-    "torch",
-    "triton",
-    "bitsandbytes",
-    "peft",
-    "rosa-fx",
-    "dtype",
-    "rank",
-    "density",
-    "n",
-    "k",
-    "m",
-]
-COLUMNS += ["contender", "pass", "median_ms", "quartile1_ms", "quartile3_ms", "times_dense", "error_ratio", "repeats", "note"]
+COLUMNS = "gpu driver cuda torch triton bitsandbytes peft rosa-fx dtype rank density n k m contender pass".split()
+COLUMNS += "median_ms quartile1_ms quartile3_ms times_dense error_ratio repeats note".split()
 
 
 def main() -> int:
@@ -335,12 +338,15 @@ def main() -> int:
     parser.add_argument("--density", type=float, default=0.006)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--autotune", action="store_true", help="also let Inductor time its candidates")
+    parser.add_argument("--profile", action="store_true", help="also say which kernels the time goes into")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", default="bench_gpu.csv")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU that PyTorch can use; --device cpu makes a trial run")
+    if arguments.profile and arguments.device != "cuda":
+        parser.error("--profile needs a GPU")
     if arguments.repeats < 2 or arguments.rank < 1 or min(arguments.rows) < 1:
         parser.error("--repeats takes 2 or more, --rank and --rows take 1 or more")
     problems = []
@@ -361,7 +367,10 @@ def main() -> int:
             command = [sys.executable, __file__, "--one", *options, "--shapes", f"{n}x{k}", "--rows", str(m)]
             # Lowerings that a process has registered stay, so every problem starts afresh; memory is given back, too.
             child = subprocess.run(
-                [*command, *["--autotune"] * arguments.autotune], stdout=subprocess.PIPE, text=True, check=False
+                [*command, *["--autotune"] * arguments.autotune, *["--profile"] * arguments.profile],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
             )
             if child.returncode:
                 print(f"[{n}, {k}], M = {m}: failed, see above", file=sys.stderr)

@@ -16,7 +16,6 @@ Before anything is timed, logits are compared with those of the dequantised weig
 import argparse
 import csv
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,18 +28,7 @@ from torch import nn
 
 import rosa_fx
 
-TRITON = "QRoSA, compiled, ROSA_FX_TRITON=1"
-PEERS = (model.FLOOR, model.LORA_COMPILED, model.QLORA, model.QLORA_COMPILED, model.QROSA, TRITON)
-
-
-def _again(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-    """Inductor as a backend of another name: Dynamo takes what one backend compiled for a model of the same structure."""
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx(graph, inputs)
-
-
-BACKENDS: dict[str, Any] = {model.QROSA: "inductor", TRITON: _again}
+PEERS = (model.FLOOR, model.LORA_COMPILED, model.QLORA, model.QLORA_COMPILED, model.QROSA)
 
 
 def allocated(device: str) -> int:
@@ -50,11 +38,9 @@ def allocated(device: str) -> int:
 
 def build(peer: str, name: str, base: nn.Module, data: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """A peer's model. QRoSA's masks come from the gradients of a first step, as in training."""
-    if peer not in (model.QROSA, TRITON):
+    if peer != model.QROSA:
         return model.build(peer, name, dtype, base)
-    os.environ["ROSA_FX_TRITON"] = str(int(peer == TRITON))
-    made = model.build(model.LOW_RANK, name, dtype, base, compiled=False)
-    rosa_fx.compile_blocks(made, backend=BACKENDS[peer])
+    made = model.build(model.LOW_RANK, name, dtype, base)
     schedule = rosa_fx.MaskSchedule(made, "wl0", micro_batches=1)
     schedule.begin_step()
     made(**data).loss.backward()
@@ -107,16 +93,15 @@ def main() -> int:
     common.start()
     base = model.load(arguments.model, dtype, device)
     data = model.batch(base, (int(rows), int(length)))
-    peers = [peer for peer in PEERS if device == "cuda" or peer != TRITON]
     models: dict[str, nn.Module] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for peer in peers:
+    for peer in PEERS:
         before = allocated(device)
         models[peer] = build(peer, arguments.model, base, data, dtype)
         facts[peer] = {"resident": allocated(device) - before}
     model.verify(base, data, models)
     del base
-    steps = {peer: waiting(model.training_step(models[peer], data), device) for peer in peers}
+    steps = {peer: waiting(model.training_step(models[peer], data), device) for peer in PEERS}
     for peer, step in steps.items():
         facts[peer] |= measure(step, facts[peer]["resident"], device)
     seconds = common.interleaved(steps, arguments.rounds, warm_up=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch import nn
 from rosa_fx.errors import RosaError
 
 
-def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
-    """Compile every block of the model in place, instead of `torch.compile(model)`; returns how many there are.
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
+    """Compile every block of the model in place by `backend`, instead of `torch.compile(model)`; returns how many there are.
 
-    `backend`: as `torch.compile` takes it.
     Blocks are the items of the largest ModuleList of one class. They run the same code on tensors of the same shapes, so
     the first one's graph serves all of them: compiling takes a fraction of the time that one graph of the whole takes.
 

@@ -253,7 +253,9 @@ def test_memory_of_a_step(compiled: bool) -> None:
     for _ in range(4):
         step()
     small_things = 24 * x.nbytes + 16 * size * size * 0.02 * 4
-    assert peak(step) <= 1.3 * dense + small_things
+    # In eager mode the factors of the sampled product are gathered, in bf16 and in float32, and multiplied: a piece at a time.
+    piece = 0 if compiled else 16 * min(len(x) * int(0.02 * size * size), 4 << 20)
+    assert peak(step) <= 1.3 * dense + small_things + piece
 
 
 def test_mask_step_needs_one_gradient() -> None:

@@ -1,4 +1,4 @@
-"""examples/bench_gpu.py in its CPU mode, and what it does with a wrong result."""
+"""examples/bench_gpu.py and bench_gpu_model.py in their CPU modes, and what is done with a wrong result."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def bench() -> ModuleType:
     return module
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
 def test_a_trial_run_on_the_cpu(tmp_path: Path) -> None:
@@ -58,6 +58,19 @@ def test_a_trial_run_on_the_cpu(tmp_path: Path) -> None:
     }
 
 
+def test_a_trial_run_of_a_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    out = tmp_path / "model.csv"
+    options = ["--model=llama-tiny", "--tokens=2x16", "--rounds=2", "--device=cpu", f"--out={out}"]
+    done = run(*options, script=SCRIPT.with_name("bench_gpu_model.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    with out.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["peer"].split(",")[0] for line in lines] == ["floor: frozen model", "PEFT LoRA", "QLoRA", "QLoRA", "QRoSA"]
+    assert lines[0]["x floor"] == "1.0"
+    assert all(float(line["ms q1"]) <= float(line["ms"]) <= float(line["ms q3"]) for line in lines)
+
+
 @pytest.mark.parametrize("part", ["forward", "gradient"])
 def test_a_wrong_result_is_noticed(bench: ModuleType, part: str) -> None:
     layer = bench.make_layer(48, 64, 9, 4, 0.0, torch.bfloat16, "cpu")
@@ -80,6 +93,7 @@ def test_a_wrong_result_is_noticed(bench: ModuleType, part: str) -> None:
     [
         (["--device", "cpu", "--shapes", "4096"], "'4096' is not NxK"),
         (["--device", "cpu", "--repeats", "1"], "--repeats takes 2 or more"),
+        (["--device", "cpu", "--profile"], "--profile needs a GPU"),
     ],
 )
 def test_bad_arguments(

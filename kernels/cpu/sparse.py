@@ -187,7 +187,7 @@ def _sddmm_torch(dy: Tensor, x: Tensor, row_offsets: Tensor, cols: Tensor) -> Te
     dy_t, x_t = dy.detach().t().contiguous(), x.detach().t().contiguous()
     out = torch.zeros(cols.numel(), dtype=dtype, device=x.device)
     # On a GPU short pieces would be launches and little else.
-    step = max(1, (_CHUNK if x.is_cpu else 16 * _CHUNK) // max(1, x.shape[0]))
+    step = max(1, (_CHUNK if x.is_cpu else 4 * _CHUNK) // max(1, x.shape[0]))
     for j in range(0, cols.numel(), step):
         left, right = dy_t.index_select(0, rows[j : j + step]), x_t.index_select(0, cols[j : j + step])
         torch.sum(left.to(dtype) * right.to(dtype), dim=1, out=out[j : j + step])
