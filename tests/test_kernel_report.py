@@ -21,7 +21,7 @@ from rosa_fx.kernels.report import amdgcn, assembly, bars, files, sass, tables, 
 from rosa_fx.kernels.report.architectures import ARCHITECTURES
 from rosa_fx.kernels.report.occupancy import programs_in_flight, resident_programs, warpgroups
 from rosa_fx.kernels.report.rows import Row
-from rosa_fx.kernels.report.source_lines import load_lines, loop_lines
+from rosa_fx.kernels.report.source_lines import entry_lines, load_lines
 from rosa_fx.passes.inductor_pass import ROSA_PASS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,9 +154,11 @@ def kernel(arg_X, arg_Q, arg_ABSMAX):
         q = tl.load(q_pointer)
         q_pointer = q_pointer + 64
         s = tl.load(arg_ABSMAX + tl.load(Q + k)).to(tl.float32)
+        entry_code = tl.load(
+            Q + k)
 """
-    assert load_lines(source) == {"X": {7, 8, 9, 10}, "Q": {11, 13}, "ABSMAX": {13}}
-    assert loop_lines(source) == set(range(6, 14))
+    assert load_lines(source) == {"X": {7, 8, 9, 10}, "Q": {11, 13, 14, 15}, "ABSMAX": {13}}
+    assert entry_lines(source) == {14, 15}
 
 
 # --- what follows from it ---------------------------------------------------------------------------------------------

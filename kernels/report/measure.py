@@ -18,7 +18,7 @@ from rosa_fx.kernels.report import amdgcn, assembly, sass, tools
 from rosa_fx.kernels.report.architectures import Architecture
 from rosa_fx.kernels.report.kernels import SIDE, Kernel, operand_dtype
 from rosa_fx.kernels.report.rows import Row
-from rosa_fx.kernels.report.source_lines import load_lines, loop_lines
+from rosa_fx.kernels.report.source_lines import entry_lines, load_lines
 
 
 @dataclass
@@ -124,9 +124,8 @@ def _compiled(
     if loop:
         loads = assembly.loads_at(loop, weight_lines)
     else:
-        # A kernel without products decodes its tile once; loads in its loops are for single entries. Loops are those of the
-        # source: the assembler cuts ends off them.
-        loads = assembly.loads_at(listing.instructions, weight_lines - loop_lines(found.source))
+        # A kernel without products decodes its tile once, and single entries of the sparse part again.
+        loads = assembly.loads_at(listing.instructions, weight_lines - entry_lines(found.source))
     row = Row("", "", architecture.name, "", False, tile=tile, warps=compiled.warps, stages=compiled.pipeline)
     row = replace(row, registers=registers, stack=stack, spills=spills, shared=compiled.shared)
     row = replace(row, opcodes=dict(listing.opcodes().most_common(8)))

@@ -38,7 +38,8 @@ def load_lines(source: str) -> dict[str, set[int]]:
     return dict(found)
 
 
-def loop_lines(source: str) -> set[int]:
-    """Lines that stand in a loop."""
-    loops = (node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.For, ast.While)))
-    return {line for loop in loops for line in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}
+def entry_lines(source: str) -> set[int]:
+    """Lines that read what belongs to single entries of a sparse part: they assign to names that begin with "entry"."""
+    assignments = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign))
+    found = [node for node in assignments if isinstance(node.targets[0], ast.Name) and node.targets[0].id.startswith("entry")]
+    return {line for node in found for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
