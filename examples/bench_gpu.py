@@ -325,8 +325,9 @@ def bench(arguments: argparse.Namespace, n: int, k: int, m: int) -> list[dict[st
     return lines
 
 
-COLUMNS = "gpu driver cuda torch triton bitsandbytes peft rosa-fx dtype rank density n k m contender pass".split()
-COLUMNS += "median_ms quartile1_ms quartile3_ms times_dense error_ratio repeats note".split()
+COLUMNS = ["gpu", "driver", "cuda", "torch", "triton", "bitsandbytes", "peft", "rosa-fx", "dtype", "rank", "density"]
+COLUMNS += ["n", "k", "m", "contender", "pass", "median_ms", "quartile1_ms", "quartile3_ms", "times_dense"]
+COLUMNS += ["error_ratio", "repeats", "note"]
 
 
 def main() -> int:
