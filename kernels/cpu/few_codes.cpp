@@ -18,10 +18,11 @@ constexpr int CODES = 128;       // columns in a vector of codes
 constexpr int SPAN_CHUNKS = 8;   // columns gone through at once: 8 rows of x, or 16 decoded rows in bf16, are 32 KiB
 constexpr int GROUP_ROWS = 8;    // rows of x that share a decoded vector of fp32
 constexpr int FEW_BLOCK = 32;    // rows of the weight per task
+constexpr int ONE_BLOCK = 128;   // or so many: codes and S each bring their own order of the one row of x into the L1 cache
 constexpr int BF16_ROWS = 16;    // of those, decoded together
 
 thread_local Scratch few_x_scratch, few_columns_scratch, few_sums_scratch, few_totals_scratch, few_block_scratch;
-thread_local Scratch few_scales_scratch;
+thread_local Scratch few_scales_scratch, few_products_scratch;
 
 // The j-th column of a word is in the high half of byte j / 2 if j is even.
 constexpr int code_shift(int j) { return j / 2 * 8 + (j % 2 ? 0 : 4); }
@@ -36,6 +37,8 @@ struct FewProblem {
   int shift;  // log2 of the blocksize
   const float* scales;  // of the blocks from `first_block` on: all, or those of a task, decoded
   int64_t first_block = 0;
+  const LowRankPart* part = nullptr;
+  int64_t next_first = 0;  // where the task behind this one begins
   INLINE_MEMBER const float* scales_at(int64_t e) const { return scales + ((e >> shift) - first_block); }
 };
 
@@ -62,6 +65,24 @@ INLINE __m512i chunk_codes(const FewProblem& p, int64_t e, int words) {
 // The chunk of a row `ahead` below, which does not have to exist.
 INLINE void expect_chunk(const FewProblem& p, int64_t e, int64_t ahead) {
   _mm_prefetch(static_cast<const char*>(p.s->data) + (e + ahead * p.s->K) / 2, _MM_HINT_NTA);
+}
+
+// In line, as whatever only prefetches: GCC takes such a function for one that does nothing, and drops calls of it.
+INLINE void ask(const void* at, int64_t bytes) {
+  for (int64_t k = 0; k < bytes; k += 64) _mm_prefetch(static_cast<const char*>(at) + k, _MM_HINT_T0);
+}
+
+// What the rows r .. end need besides their codes.
+INLINE void expect_beside(const FewProblem& p, int64_t r, int64_t end) {
+  const Rows& s = *p.s;
+  const int64_t block = (r * s.K + p.c0) >> p.shift, blocks = ((end - r) * s.K) >> p.shift;
+  if (s.scales) ask(s.scales + block, blocks * sizeof(float));
+  else ask(s.scale_codes + block, blocks);
+  for (int64_t i = r; i < end; ++i) ask(p.part->B + (i - p.part->first) * p.part->b_stride, p.part->R * sizeof(float));
+  if (!s.values) return;
+  const int64_t j = s.row_offsets[r], entries = s.row_offsets[end] - j, size = s.values_dtype == F32 ? 4 : 2;
+  ask(s.cols + j, entries * sizeof(int32_t));
+  ask(static_cast<const char*>(s.values) + j * size, entries * size);
 }
 
 template <int READING>

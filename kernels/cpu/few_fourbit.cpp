@@ -33,27 +33,40 @@ bool few_scales(FewProblem& p, int64_t first, int64_t count) {
   return own;
 }
 
-// In line, as what follows: GCC takes a function that only prefetches for one that does nothing, and drops calls of it.
-INLINE void ask(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
-
-// What row `first + i`, which does not have to exist, needs of each tensor: asked for while S keeps the memory idle. Of the codes
-// the beginning of the rows that are read together; of S, entries of some rows at a time.
-INLINE void expect_row(const FewProblem& p, const LowRankPart& part, int64_t first, int64_t i) {
+// What row `first + i`, which does not have to exist, needs of each tensor: asked for while S keeps the memory idle, where there
+// are several rows of x (for one, S is too short: expect_beside). Of the codes the beginning of the rows that are read together; of S, entries of some rows at a time.
+INLINE void expect_row(const FewProblem& p, int64_t first, int64_t i) {
   constexpr int CODE_ROWS = 8, LINES = 16, ENTRY_ROWS = 4;
   const int64_t r = first + i, e = r * p.s->K + p.c0;
   if (r >= p.r1) return;
   if (i < CODE_ROWS)
     for (int64_t k = 0; k < std::min<int64_t>(LINES * CODES, p.c1 - p.c0); k += CODES)
       _mm_prefetch(static_cast<const char*>(p.s->data) + (e + k) / 2, _MM_HINT_T1);
-  if (p.s->scales) ask(p.s->scales + (e >> p.shift));
-  else ask(p.s->scale_codes + (e >> p.shift));
-  if (part.R) ask(part.B + (r - part.first) * part.b_stride);
+  if (p.s->scales) ask(p.s->scales + (e >> p.shift), 1);
+  else ask(p.s->scale_codes + (e >> p.shift), 1);
+  if (p.part->R) ask(p.part->B + (r - p.part->first) * p.part->b_stride, 1);
   if (!p.s->values || i % ENTRY_ROWS) return;
   const int64_t size = p.s->values_dtype == F32 ? 4 : 2;
   for (int64_t j = p.s->row_offsets[r], end = p.s->row_offsets[std::min(r + ENTRY_ROWS, p.r1)]; j < end; j += VL) {
-    ask(p.s->cols + j);
-    ask(static_cast<const char*>(p.s->values) + j * size);
+    ask(p.s->cols + j, 1);
+    ask(static_cast<const char*>(p.s->values) + j * size, 1);
   }
+}
+
+// Rows of the weight per task: more for one row of x, as far as every thread still finds some. Always the same groups of 8, so
+// that no sum depends on threads.
+int64_t few_block(int64_t M, int64_t rows, int threads) {
+  const int64_t shared = rows / (8 * threads) / 8 * 8;
+  return M > 1 ? FEW_BLOCK : std::min<int64_t>(ONE_BLOCK, std::max<int64_t>(FEW_BLOCK, shared));
+}
+
+// call(E{}) with the element type of the values of S.
+template <class F>
+INLINE void by_values(const Rows& s, const F& call) {
+  const int64_t dtype = s.values ? s.values_dtype : F32;
+  if (dtype == F32) call(Float{});
+  else if (dtype == BF16) call(BFloat{});
+  else call(Half{});
 }
 
 int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const FewInput& input, const FewOutput& output,
@@ -69,7 +82,7 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
 #else
   const bool pairs = false;
 #endif
-  const int64_t columns = c1 - c0, tasks = (r1 - r0 + FEW_BLOCK - 1) / FEW_BLOCK;
+  const int64_t columns = c1 - c0, block = few_block(M, r1 - r0, threads), tasks = (r1 - r0 + block - 1) / block;
   float* arranged = few_x_scratch.get<float>(M * chunks * CODES);
   // 8 rows are read together with 8 of the next column.
   FewColumns turned{nullptr, M <= 8 ? 8 : (M + VL - 1) / VL * VL, input.dtype == BF16};
@@ -90,13 +103,23 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
     rows_of_x.run(M, [&](int64_t m) { few_row(input, m, part); });
     chunks_of_x.run(chunks, arrange);
     FewProblem p = problem;
-    for (int64_t task = next.fetch_add(1), following; task < tasks; task = following) {
-      const int64_t first = r0 + task * FEW_BLOCK, count = std::min<int64_t>(FEW_BLOCK, r1 - first);
-      const int64_t padded = (FEW_BLOCK * M + VL) / VL * VL;
+    p.part = &part;
+    int64_t following = 0;
+    // Before what asks for memory ahead: the products of one row of x do, and otherwise S.
+    const auto claim = [&] {
+      following = next.fetch_add(1);
+      p.next_first = r0 + following * block;
+      if (s.values && p.next_first < r1) ask(s.row_offsets + p.next_first, (block + 1) * sizeof(int32_t));
+    };
+    for (int64_t task = next.fetch_add(1); task < tasks; task = following) {
+      const int64_t first = r0 + task * block, count = std::min(block, r1 - first), padded = (block * M + VL) / VL * VL;
+      if (M == 1) claim();
       __m512* sums = few_sums_scratch.get<__m512>(padded);
       float* totals = few_totals_scratch.get<float>(padded);
       uint16_t* decoded = pairs ? few_block_scratch.get<uint16_t>(BF16_ROWS * SPAN_CHUNKS * CODES) : nullptr;
-      if (!sums || !totals || (pairs && !decoded) || !few_scales(p, first, count)) {
+      const int64_t entries = s.values && M == 1 ? s.row_offsets[first + count] - s.row_offsets[first] : 0;
+      float* products = entries ? few_products_scratch.get<float>(entries) : nullptr;
+      if (!sums || !totals || (entries && !products) || (pairs && !decoded) || !few_scales(p, first, count)) {
 #pragma omp atomic write
         failed = 1;
         break;
@@ -107,21 +130,12 @@ int few_fourbit(const Rows& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, c
       else if (pairs) few_bf16(p, first, count, reinterpret_cast<const uint16_t*>(arranged), decoded, sums);
 #endif
       if (!pairs) few_fp32(p, first, count, arranged, sums);
-      following = next.fetch_add(1);  // before S, so that it is known what is read behind it
-      const int64_t next_first = r0 + following * FEW_BLOCK;
-      const int64_t dtype = s.values ? s.values_dtype : F32;
-      for (int64_t i = 0; M == 1 && i < count; ++i) {
-        expect_row(p, part, next_first, i);
-        if (dtype == F32) few_beside_one<Float>(p, first + i, x, part, sums[i]);
-        else if (dtype == BF16) few_beside_one<BFloat>(p, first + i, x, part, sums[i]);
-        else few_beside_one<Half>(p, first + i, x, part, sums[i]);
-      }
+      if (M > 1) claim();
+      if (M == 1) by_values(s, [&](auto e) { few_beside_one<decltype(e)>(p, first, count, x, products, sums); });
       few_totals(sums, count * M, totals);
       for (int64_t i = 0; M > 1 && i < count; ++i) {
-        expect_row(p, part, next_first, i);
-        if (dtype == F32) few_beside<Float>(p, first + i, turned, part, totals + i * M);
-        else if (dtype == BF16) few_beside<BFloat>(p, first + i, turned, part, totals + i * M);
-        else few_beside<Half>(p, first + i, turned, part, totals + i * M);
+        expect_row(p, p.next_first, i);
+        by_values(s, [&](auto e) { few_beside<decltype(e)>(p, first + i, turned, totals + i * M); });
       }
       few_store(totals, count, M, output, first - r0);
     }

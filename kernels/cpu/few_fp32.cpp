@@ -55,9 +55,17 @@ void few_products(const FewProblem& p, const int64_t* e, int64_t begin, int64_t 
 
 constexpr int CHUNKS_AHEAD = 16;  // further ahead, what is waited for drives x out of the L1 cache
 
-// As few_products<1, 8>, of 8 rows that follow one another and begin alike within a block.
+// Bytes from the end of what is read of row first + i, the chunks begin .. end, to the beginning of what is read after it.
+int64_t few_jump(const FewProblem& p, int64_t first, int64_t count, int64_t i, int64_t step, int64_t begin, int64_t end) {
+  const int64_t row = p.s->K / 2, length = (end - begin) * CODES / 2;
+  if (i + step < count) return step * row - length;
+  if (end < p.chunks) return -i * row;
+  return p.next_first < p.r1 ? (p.next_first - first - i) * row - end * CODES / 2 : -length;
+}
+
+// As few_products<1, 8>, of 8 rows that follow one another and begin alike within a block. jump: as few_jump has it.
 template <int READING>
-void few_products_of_one(const FewProblem& p, int64_t e, int64_t begin, int64_t end, const float* x, __m512* sums) {
+void few_products_of_one(const FewProblem& p, int64_t e, int64_t begin, int64_t end, const float* x, __m512* sums, int64_t jump) {
   constexpr int WR = 8;
   const __m512 table = _mm512_loadu_ps(p.s->table);
   const __m512i blocks = blocks_of_words(p, e);
@@ -68,7 +76,7 @@ void few_products_of_one(const FewProblem& p, int64_t e, int64_t begin, int64_t 
   for (int i = 0; i < WR; ++i) acc[i] = sums[i];
   for (int64_t c = begin; c < end; ++c, x += CODES, codes_at += CODES / 2) {
     const float* scales = p.scales_at(e + c * CODES);
-    const int64_t ahead = CHUNKS_AHEAD * CODES / 2 + (c + CHUNKS_AHEAD < end ? 0 : WR * row - (end - begin) * CODES / 2);
+    const int64_t ahead = CHUNKS_AHEAD * CODES / 2 + (c + CHUNKS_AHEAD < end ? 0 : jump);
     __m512i codes[WR];
     __m512 part[WR];
 #pragma GCC unroll 8
@@ -113,8 +121,12 @@ void few_fp32(const FewProblem& p, int64_t first, int64_t count, const float* x,
         for (int k = 0; k < step; ++k) e[k] = (first + std::min(i + k, count - 1)) * p.s->K + p.c0;
         const Reading reading = reading_of(p, e[0], e[step - 1], end);
         if (rows == 1 && p.M == 1 && i + step <= count && reading != ANY && p.s->K % p.s->blocksize == 0) {
+          const bool last = i + step >= count;
+          const int64_t next = last ? p.next_first : first + i + step;
+          if (next < p.r1 && (last ? end == p.chunks : begin == 0)) expect_beside(p, next, std::min(next + step, p.r1));
           (reading == LARGE_BLOCKS ? few_products_of_one<LARGE_BLOCKS> : few_products_of_one<SMALL_BLOCKS>)(
-              p, e[0], begin, end, x + few_place(p, m, begin, 8, GROUP_ROWS) * 16, sums + i);
+              p, e[0], begin, end, x + few_place(p, m, begin, 8, GROUP_ROWS) * 16, sums + i,
+              few_jump(p, first, count, i, step, begin, end));
           continue;
         }
         FEW_PRODUCTS[reading][rows](p, e, begin, end, x + few_place(p, m, begin, 8, GROUP_ROWS) * 16, sums + i * p.M + m, p.M);
