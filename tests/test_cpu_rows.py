@@ -99,6 +99,44 @@ def test_few_rows(N: int, K: int, base: tuple[str, dict[str, Any]], M: int, cut:
     assert bool(((outputs[0] - exact).abs() <= paths * torch.finfo(torch.float32).eps * size).all())
 
 
+@pytest.mark.parametrize("values_t", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "region"), [((300, 4096), None), ((257, 704), (3, 250, 64, 700))], ids=str)
+def test_one_row_and_rows_of_very_different_length(
+    shape: tuple[int, int], region: tuple[int, int, int, int] | None, values_t: torch.dtype
+) -> None:
+    """Of S: none, one entry, as many as two vectors have and one more, all of a row. The same bits by one thread and by three."""
+    N, K = shape
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.zeros(N, K, dtype=torch.bool)
+    for i in range(0, N, 2):
+        length = [1, 15, 16, 17, 31, 32, 33, 48, 300, K][i // 2 % 10]
+        chosen[i, torch.randperm(K, generator=generator)[:length]] = True
+    mask = Mask.from_dense(chosen)
+    csr = [torch.randn(mask.nnz, generator=generator).to(values_t), mask.row_offsets, mask.cols]
+    form = base_format("nf4")
+    tensors = form.quantize(torch.randn(N, K, generator=generator))
+    source = rows.source((N, K), form.stored(tensors), csr)
+    assert source is not None
+    weight = form.dequantize(tensors, (N, K), torch.float64)
+    weight[mask.rows(), mask.cols.long()] += csr[0].double()
+    row, row_stop, column, column_stop = region or (0, N, 0, K)
+    weight = weight[row:row_stop, column:column_stop]
+    x = torch.randn(1, column_stop - column, generator=generator)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = torch.full((1, row_stop - row), torch.nan)
+            source.few((row, row_stop, column, column_stop), x, out, None)
+            results.append(out)
+    finally:
+        torch.set_num_threads(before)
+    bound = (x.double().abs() @ weight.abs().t()) * (K + 2) * 2.0**-24
+    assert ((results[0].double() - x.double() @ weight.t()).abs() <= bound).all()
+    assert torch.equal(*results)
+
+
 @FUZZ
 @given(
     N=st.sampled_from([1, 2, 7, 31, 33, 65]),

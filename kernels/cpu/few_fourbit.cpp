@@ -34,7 +34,8 @@ bool few_scales(FewProblem& p, int64_t first, int64_t count) {
 }
 
 // What row `first + i`, which does not have to exist, needs of each tensor: asked for while S keeps the memory idle, where there
-// are several rows of x (for one, S is too short: expect_beside). Of the codes the beginning of the rows that are read together; of S, entries of some rows at a time.
+// are several rows of x (for one, S is too short: expect_beside). Of the codes the beginning of the rows that are read together;
+// of S, entries of some rows at a time.
 INLINE void expect_row(const FewProblem& p, int64_t first, int64_t i) {
   constexpr int CODE_ROWS = 8, LINES = 16, ENTRY_ROWS = 4;
   const int64_t r = first + i, e = r * p.s->K + p.c0;
