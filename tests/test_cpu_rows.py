@@ -104,7 +104,7 @@ def test_few_rows(N: int, K: int, base: tuple[str, dict[str, Any]], M: int, cut:
 def test_one_row_and_rows_of_very_different_length(
     shape: tuple[int, int], region: tuple[int, int, int, int] | None, values_t: torch.dtype
 ) -> None:
-    """Of S: none, one entry, as many as two vectors have and one more, all of a row. The same bits by one thread and by three."""
+    """Of S: none, one, as many as two vectors hold and one more, all of a row. The same bits by one thread and by three."""
     N, K = shape
     generator = torch.Generator().manual_seed(0)
     chosen = torch.zeros(N, K, dtype=torch.bool)
