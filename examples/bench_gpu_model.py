@@ -50,16 +50,6 @@ def build(peer: str, name: str, base: nn.Module, data: dict[str, torch.Tensor], 
     return made
 
 
-def waiting(step: Callable[[], float], device: str) -> Callable[[], float]:
-    def run() -> float:
-        loss = step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return loss
-
-    return run
-
-
 def measure(step: Callable[[], float], weights: int, device: str) -> dict[str, Any]:
     """The first three steps: bytes that stay, with those of the `weights`; highest bytes above that; seconds of the first."""
     before = allocated(device)
@@ -101,7 +91,8 @@ def main() -> int:
         facts[peer] = {"resident": allocated(device) - before}
     model.verify(base, data, models)
     del base
-    steps = {peer: waiting(model.training_step(models[peer], data), device) for peer in PEERS}
+    # A step ends with reading the loss, which waits for all that it enqueued.
+    steps = {peer: model.training_step(models[peer], data) for peer in PEERS}
     for peer, step in steps.items():
         facts[peer] |= measure(step, facts[peer]["resident"], device)
     seconds = common.interleaved(steps, arguments.rounds, warm_up=2)

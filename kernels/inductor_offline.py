@@ -123,7 +123,7 @@ def present(device: Device) -> Iterator[None]:
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "synchronize", lambda *args: None),
         (torch.version, "hip", "6.4" if device.backend == "hip" else None),
-        # What has been found out about devices is remembered.
+        # torch remembers its answer, which would outlive the device.
         (triton_support, "has_triton", lambda: True),
         (inductor, "constant", _fake_constant),
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_case
-from test_op_budget import all_results, over_budget
+from test_op_budget import all_results, over_budget, rms
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from trainer_models import VOCAB, llama
@@ -107,10 +107,6 @@ def gradients(model: nn.Module, run: Callable[..., Any], data: dict[str, Tensor]
 def exact_copy(model: nn.Module) -> nn.Module:
     """The model in float64, in eager mode."""
     return copy.deepcopy(model).double()
-
-
-def rms(tensor: Tensor) -> float:
-    return tensor.double().square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}, {"mode": "max-autotune-no-cudagraphs"}], ids=str)

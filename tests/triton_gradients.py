@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
-from triton_device import seeded
+from triton_device import INTERPRETED, seeded
 from triton_layers import kernels, operator_calls
 
 from rosa_fx.kernels import inductor, lower_grads, lowering, ops
@@ -211,8 +211,8 @@ def test_layers_with_one_input_share_its_transpose() -> None:
         exact, bound = case.expected()[0]
         assert ((got.double() - 2 * exact).abs() <= 2 * bound).all()
     pointwise = [name for name in kernels("\n".join(code)) if "_tem_" not in name]
-    # x * 2, and one transpose each of it and of both dy; the first two may be one kernel.
-    assert len(pointwise) in (3, 4), pointwise
+    # x * 2, and one transpose each of it and of both dy; on a GPU the first two may be one kernel.
+    assert len(pointwise) == 4 or (len(pointwise) == 3 and not INTERPRETED), pointwise
 
 
 def test_dynamic_rows_and_repeated_results() -> None:

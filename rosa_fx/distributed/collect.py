@@ -63,7 +63,7 @@ class SharedCollector(Collector):
     def _send(self, gradient: Tensor) -> None:
         score = gradient.square_() if self.mode == "mean_squared" else gradient
         if self.bad is None:  # else this is a second one, which is refused at the end
-            self.bad = ~torch.linalg.vector_norm(score, float("inf")).isfinite() if score.numel() else torch.tensor(False)
+            self.bad = _has_bad(score)
             self._order.put(self.name, score)
 
     def part(self) -> Tensor:
@@ -71,8 +71,15 @@ class SharedCollector(Collector):
         total, self.total = self.total, None
         if total is None:
             return torch.zeros(self.weight.matrix, device=self.weight.base.tensors()[0].device)
-        self.bad = ~torch.linalg.vector_norm(total, float("inf")).isfinite() if total.numel() else torch.tensor(False)
+        self.bad = _has_bad(total)
         return total
+
+
+def _has_bad(values: Tensor) -> Tensor:
+    """Whether any is not finite: bool [], on their device, which is not waited for."""
+    if not values.numel():  # has no largest
+        return values.new_zeros((), dtype=torch.bool)
+    return ~torch.linalg.vector_norm(values, float("inf")).isfinite()
 
 
 class SharedCollection:

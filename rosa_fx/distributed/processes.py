@@ -55,11 +55,11 @@ class Processes:
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64."""
-        return list(numbers) if self.alone else self._reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.SUM)
+        return list(numbers) if self.alone else self._reduced(numbers, torch.float64, dist.ReduceOp.SUM)
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number that any process has."""
-        return list(numbers) if self.alone else self._reduced(torch.tensor(numbers, dtype=torch.int64), dist.ReduceOp.MAX)
+        return list(numbers) if self.alone else self._reduced(numbers, torch.int64, dist.ReduceOp.MAX)
 
     def gather(self, value: Any) -> list[Any]:
         """The (small) values of all processes, in order of their rank."""
@@ -85,7 +85,8 @@ class Processes:
         found: T = value
         return found
 
-    def _reduced(self, tensor: Tensor, operation: Any) -> list[Any]:
+    def _reduced(self, numbers: Sequence[float], dtype: torch.dtype, operation: Any) -> list[Any]:
+        tensor = torch.tensor(numbers, dtype=dtype, device="cpu")
         dist.all_reduce(tensor, op=operation, group=self.control)
         found: list[Any] = tensor.tolist()
         return found
