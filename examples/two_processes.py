@@ -54,15 +54,8 @@ def make_model() -> nn.Sequential:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("runs/two_processes"))
-    arguments = parser.parse_args()
-    dist.init_process_group("gloo")  # on GPUs "nccl", and torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before it
+def adapt(arguments: argparse.Namespace) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-
     model = make_model()
     rosa_fx.transform(model, rosa_fx.RosaSpec(base="nf4", rank=8, density=0.02, schedule=f"wl{arguments.steps // 4}"))
     wrapped: nn.Module = model
@@ -106,7 +99,18 @@ def main() -> None:
     if rank == 0:
         print(f"{len(digest)} masks, the same in {sum(d == digests[0] for d in digests)} of {size} processes")
         print(f"loss {before:.3f} -> {after:.3f}, adapter in {arguments.out / 'adapter'}")
-    dist.barrier()  # a group that is taken apart right after it was used may wait for its own threads for good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path("runs/two_processes"))
+    arguments = parser.parse_args()
+    dist.init_process_group("gloo")  # on GPUs "nccl", and torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before it
+    adapt(arguments)
+    # After DDP has gone with `adapt`: were it the group's last owner, it would wait for the group's threads with Python's lock
+    # held, which a thread may need to let go of the last tensor that it sent.
     dist.destroy_process_group()
 
 

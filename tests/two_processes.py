@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import subprocess
@@ -65,7 +66,7 @@ def main() -> None:
             raise
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     if size > 1:
-        dist.barrier()  # a group that is taken apart right after it was used may wait for its own threads for good
+        gc.collect()  # a DistributedDataParallel that outlives the group takes it apart with Python's lock held, and may hang
         dist.destroy_process_group()
 
 

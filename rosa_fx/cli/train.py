@@ -114,7 +114,6 @@ def run_train(
     common.apply_compile(network, compile, compile_scope)
     result = train(network, batches, config, eval_batches=held_batches, out=out, resume=resume, console=console)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a group taken apart right after it was used may wait for its own threads for good
         torch.distributed.destroy_process_group()
     if not first:
         return
