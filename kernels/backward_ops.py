@@ -112,10 +112,9 @@ def product_with_grads_kernel(
     if len(found.gradients) != (1 if kept is None else 3):
         return [found.out, *_all_grads(x, other, kept, delta, parsed, transposed)]
     values, *factors = found.gradients
-    if kept is None:
-        return [found.out, values.to(_sparse(delta, parsed)[0][0].dtype)]
-    grads: list[Tensor] = []
+    grads = [found.out]
     for item, own in parsed.split(delta):
         made = [values] if isinstance(item, Sparse) else factors
-        grads += [grad.to(parameter.dtype) for grad, parameter in zip(made, own)]
-    return [found.out, *grads]
+        # `to` takes a microsecond to find that it has nothing to do.
+        grads += [grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype) for grad, parameter in zip(made, own)]
+    return grads

@@ -80,13 +80,10 @@ def joined_product(
     """
     if parsed.stack > 1:
         return Joined(_stacked_product(x, bias, base, delta, parsed, transposed))
-    terms = [(item, tensors) for item, tensors in parsed.split(delta) if item.contributes]
-    folded = [(item, tensors) for item, tensors in terms if item.folds]
-    beside = [
-        (item, tensors if parsed.region is None else item.cut(tensors, parsed.region))
-        for item, tensors in terms
-        if not item.folds
-    ]
+    folded = [(item, delta[place]) for item, place in parsed.folded]
+    beside = [(item, delta[place]) for item, place in parsed.beside]
+    if parsed.region is not None:
+        beside = [(item, item.cut(tensors, parsed.region)) for item, tensors in beside]
     flat = definition.flat(x)
     source = _source(x, base, folded, parsed)
     if source is not None and not transposed and flat.shape[0] <= FEW_ROWS:
@@ -96,7 +93,7 @@ def joined_product(
     first = source if folded and starts else None
     if first is not None:
         folded = []
-        source = None if first.holds(x.dtype) else first.base_only()
+        source = None if first.holds(x.dtype) else first
     low_rank = None
     if not folded and starts and _starts_with_low_rank(beside, source is None):
         first = first or rows.source(parsed.shape, parsed.base.stored(base), None)
@@ -107,12 +104,15 @@ def joined_product(
         started = _start(flat, first, low_rank, parsed, transposed, left, other, kept, room)
     if source is None:
         out = _whole(flat, bias, base, folded, beside, parsed, transposed, started.begin)
+    elif started.tile is not None and started.tile.dim() == 2:
+        right = started.tile if transposed else started.tile.t()
+        out = gemm.product(flat, right, None if bias is None else bias.to(x.dtype), started.begin, True, keep=False)
     else:
         out = tiled(
             flat,
             flat.dtype if native(flat.dtype) else torch.float32,
             bias,
-            source,
+            source.base_only() if source is first else source,
             beside,
             parsed,
             transposed,

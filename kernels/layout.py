@@ -96,6 +96,24 @@ class Layout:
             yield item, delta[start:stop]
             start = stop
 
+    @cached_property
+    def folded(self) -> tuple[tuple[Term, slice], ...]:
+        """The terms that kernels add into the weight, and where the tensors of each are in `delta`."""
+        return tuple((item, place) for item, place in self._summands if item.folds)
+
+    @cached_property
+    def beside(self) -> tuple[tuple[Term, slice], ...]:
+        """The same for terms that have a product of their own."""
+        return tuple((item, place) for item, place in self._summands if not item.folds)
+
+    @property
+    def _summands(self) -> Iterator[tuple[Term, slice]]:
+        stop = 0
+        for item in self.terms:
+            start, stop = stop, stop + len(item.tensor_names)
+            if item.contributes:
+                yield item, slice(start, stop)
+
     def only(self, keep: Sequence[bool]) -> tuple[Layout, list[int]]:
         """The layout of those terms that have a tensor marked in `keep`, and where their tensors are in `delta`."""
         terms: list[Term] = []

@@ -43,7 +43,7 @@ def tiled(
     """x Wᵀ + b, or x W + b if `transposed`, in x's dtype, of GEMMs in `dtype`.
 
     By tiles of outputs, each reduced in one GEMM: rows of the weight, or its columns. Sums start from `begin`, if given.
-    `written`: the only tile, where somebody has written it already.
+    `written`: the panels of the only tile, where somebody has written it already.
     """
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     wide = x if dtype == x.dtype else scratch("rows", x.shape, dtype).copy_(x)
@@ -69,9 +69,6 @@ def tiled(
                 end = min(stop, at + panel)
                 made = _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
             continue
-        if written is not None:
-            made = _multiply(wide, written.t(), bias, riders, pairs, out, start, stop, add)
-            continue
         # One block where a row is multiplied at once.
         blocks = gemm.blocks(depth) if gemm.by_onednn(dtype, x.device) else [(0, wide.shape[1])]
         memory = scratch("tile", (wide.shape[1], stop - start), dtype)
@@ -91,13 +88,15 @@ def _tile_width(depth: int, outputs: int, transposed: bool, dtype: torch.dtype) 
 
 
 def only_tile(layout: Layout, transposed: bool, dtype: torch.dtype) -> Tensor | None:
-    """Memory for all of the weight's part, if that is one tile: [outputs, depth], or panels if `transposed`."""
+    """Memory for all of the weight's part, if that is one tile: [outputs, depth], or if `transposed` [depth, outputs] or panels."""
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     width, panel = _tile_width(depth, outputs, transposed, dtype)
     pieces = not transposed and gemm.by_onednn(dtype, torch.device("cpu")) and len(gemm.blocks(depth)) > 1
     if width < outputs or not outputs or pieces:
         return None
-    return scratch("tile", (-(outputs // -panel), depth, panel) if transposed else (outputs, depth), dtype)
+    if panel < outputs:
+        return scratch("tile", (-(outputs // -panel), depth, panel), dtype)
+    return scratch("tile", (depth, outputs) if transposed else (outputs, depth), dtype)
 
 
 def _multiply(
@@ -133,18 +132,35 @@ def region_of(layout: Layout) -> Region:
     return layout.region or (0, layout.shape[0], 0, layout.shape[1])
 
 
-_kept = threading.local()
+_MOST_VIEWS = 64
+
+
+class _Kept(threading.local):
+    """Scratch memory of a thread, by name, and views of it, which take longer to make than to find."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple[object, ...], Tensor] = {}
+
+
+_kept = _Kept()
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory, this thread's own until it asks for the same name again."""
-    count = torch.Size(shape).numel()
-    bytes_ = count * dtype.itemsize
+    key = (name, dtype, *shape)
+    found = _kept.views.get(key)
+    if found is not None:
+        return found
+    bytes_ = torch.Size(shape).numel() * dtype.itemsize
     if bytes_ > _KEPT_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    kept: Tensor | None = getattr(_kept, name, None)
-    if kept is None or kept.numel() < bytes_:
-        with torch.inference_mode(False):
-            kept = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
-        setattr(_kept, name, kept)
-    return kept[:bytes_].view(dtype).view(torch.Size(shape))
+    memory = _kept.memory.get(name)
+    # Views hold memory that has become too small.
+    if memory is None or memory.numel() < bytes_ or len(_kept.views) == _MOST_VIEWS:
+        _kept.views.clear()
+    with torch.inference_mode(False):
+        if memory is None or memory.numel() < bytes_:
+            memory = _kept.memory[name] = torch.empty(bytes_, dtype=torch.uint8, device="cpu")
+        found = _kept.views[key] = memory[:bytes_].view(dtype).view(torch.Size(shape))
+    return found

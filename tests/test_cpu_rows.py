@@ -285,8 +285,14 @@ def plain_weights(case: Any, layout: Layout, transposed: bool = False) -> list[T
 def test_scratch_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     first = tiles.scratch("test", (3, 5), torch.float32)
     assert tiles.scratch("test", (2, 4), torch.bfloat16).data_ptr() == first.data_ptr()
+    assert tiles.scratch("test", (3, 5), torch.float32) is first
+    large = tiles.scratch("test", (30, 50), torch.float32)
+    assert tiles.scratch("test", (3, 5), torch.float32).data_ptr() == large.data_ptr(), "the small block is still held"
+    for size in range(1, 200):
+        assert tiles.scratch("test", (size,), torch.float32).shape == (size,)
+    assert len(tiles._kept.views) <= tiles._MOST_VIEWS
     monkeypatch.setattr(tiles, "_KEPT_BYTES", 8)
-    assert tiles.scratch("test", (3, 5), torch.float32).data_ptr() != first.data_ptr()
+    assert tiles.scratch("test", (5, 5), torch.float32).data_ptr() != large.data_ptr()
     with torch.inference_mode():
         tiles.scratch("test inference", (2,), torch.float32)
     tiles.scratch("test inference", (2,), torch.float32).add_(1)

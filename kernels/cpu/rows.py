@@ -32,43 +32,13 @@ _ROWS = struct.Struct("3q3Pq4PqPq2P")
 _FEW = struct.Struct("4qP3qP2qPqP2qd2q")
 
 
-class _Factor(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("stride_r", ctypes.c_int64))
+# `Terms` of terms_low_rank.cpp: the part of the weight, transposed, M; x, its dtype and strides; out, its dtype and stride; R;
+# the factors of the inputs and of the outputs, each with its stride and that from rank to rank; left, its dtype and stride; s;
+# made; other and its strides; kept; the gradients of the values and of both factors, these with strides; the tile; threads
+_TERMS = struct.Struct("6qP3qP3qP2qP2qP2qdPP2qPPP2qP2qP4qq")
 
-
-class _Tile(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("dtype", "pitch", "panel", "panel_stride")),
-    )
-
-
-class _Terms(ctypes.Structure):
-    """What a call of `rosa_terms` is about, as terms_low_rank.cpp describes it."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("r0", "r1", "c0", "c1", "transposed", "M")),
-        ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("x_dtype", "x_stride_m", "x_stride_k")),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("out_dtype", "out_stride", "R")),
-        ("inner", _Factor),
-        ("outer", _Factor),
-        ("left", ctypes.c_void_p),
-        ("left_dtype", ctypes.c_int64),
-        ("left_stride", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        ("made", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),
-        ("other_stride_m", ctypes.c_int64),
-        ("other_stride_o", ctypes.c_int64),
-        ("kept", ctypes.c_void_p),
-        ("values_grad", ctypes.c_void_p),
-        ("inner_grad", _Factor),
-        ("outer_grad", _Factor),
-        ("tile", _Tile),
-        ("threads", ctypes.c_int64),
-    )
+_NOTHING: tuple[int, ...] = (0, 0, 0)
+_NO_TILE = (0, 0, 0, 0, 0)
 
 
 class Source:
@@ -137,7 +107,39 @@ class Source:
 
         `tile` becomes that part of D(Q), without S, as `write` has it: the threads are there already.
         """
-        call = _Terms(
+        R, scale, inner, outer, given = 0, 0.0, _NOTHING, _NOTHING, _NOTHING
+        if pair is not None and pair[0].numel() and pair[1].numel():
+            A, B, scale = _adjacent(pair[0]), _adjacent(pair[1]), pair[2]
+            R = A.shape[0]
+            of_A, of_B = (A.data_ptr(), A.stride(1), A.stride(0)), (B.data_ptr(), *B.stride())
+            inner, outer = (of_B, of_A) if transposed else (of_A, of_B)
+            if left is not None:
+                left = left if left.stride(1) == 1 else left.contiguous()
+                given = left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0)
+                scale = 1.0 if transposed else scale
+        if made is not None:
+            assert made.dtype == x.dtype
+            assert made.is_contiguous()
+        gradients: list[Tensor] = []
+        second, inner_grad, outer_grad = _NOTHING, _NOTHING, _NOTHING
+        if other is None or not R:
+            kept = None
+        if other is not None:
+            assert region == (0, self._shape[0], 0, self._shape[1])
+            assert other.dtype == x.dtype
+            second = other.data_ptr(), *other.stride()
+            gradients.append(torch.empty(self.nnz, dtype=torch.float32, device="cpu"))
+        if kept is not None:
+            assert kept.dtype == x.dtype
+            kept = kept.contiguous()
+            rows, columns = self._shape
+            dA, dB = torch.empty(R, columns, device="cpu"), torch.empty(rows, R, device="cpu")
+            gradients += [dA, dB]
+            of_A, of_B = (dA.data_ptr(), 1, columns), (dB.data_ptr(), R, 1)
+            inner_grad, outer_grad = (of_B, of_A) if transposed else (of_A, of_B)
+        if x.shape[0] == 0:
+            return [gradient.zero_() for gradient in gradients]
+        call = _TERMS.pack(
             *region,
             transposed,
             x.shape[0],
@@ -147,43 +149,21 @@ class Source:
             out.data_ptr(),
             sparse.DTYPES[out.dtype],
             out.stride(0),
-            threads=torch.get_num_threads(),
+            R,
+            *inner,
+            *outer,
+            *given,
+            scale,
+            _pointer(made),
+            *second,
+            _pointer(kept),
+            _pointer(gradients[0] if gradients else None),
+            *inner_grad,
+            *outer_grad,
+            *(_NO_TILE if tile is None else _tile(tile)),
+            torch.get_num_threads(),
         )
-        if tile is not None:
-            call.tile = _Tile(*_tile(tile))
-        held: list[Any] = []  # what has no other owner until the call is made
-        if pair is not None and pair[0].numel() and pair[1].numel():
-            A, B, call.scale = _adjacent(pair[0]), _adjacent(pair[1]).t(), pair[2]
-            held += [A, B]
-            call.R = len(A)
-            call.inner, call.outer = map(_by_column, (B, A) if transposed else (A, B))  # [R, inputs] and [R, outputs]
-            if left is not None:
-                left = left if left.stride(1) == 1 else left.contiguous()
-                held.append(left)
-                call.left, call.left_dtype, call.left_stride = left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0)
-                call.scale = 1.0 if transposed else pair[2]
-        if made is not None:
-            assert made.dtype == x.dtype
-            assert made.is_contiguous()
-            call.made = made.data_ptr()
-        gradients: list[Tensor] = []
-        if other is not None:
-            assert region == (0, self._shape[0], 0, self._shape[1])
-            assert other.dtype == x.dtype
-            call.other, (call.other_stride_m, call.other_stride_o) = other.data_ptr(), other.stride()
-            gradients.append(torch.empty(self.nnz, dtype=torch.float32, device="cpu"))
-            call.values_grad = gradients[0].data_ptr()
-            if kept is not None and call.R:
-                assert kept.dtype == x.dtype
-                kept = kept.contiguous()
-                held.append(kept)
-                call.kept = kept.data_ptr()
-                dA, dB = (torch.empty(size, device="cpu") for size in ((call.R, self._shape[1]), (self._shape[0], call.R)))
-                gradients += [dA, dB]
-                call.inner_grad, call.outer_grad = map(_by_column, (dB.t(), dA) if transposed else (dA, dB.t()))
-        if x.shape[0] == 0:
-            return [gradient.zero_() for gradient in gradients]
-        if self._library.rosa_terms(self._rows, ctypes.byref(call)):
+        if self._library.rosa_terms(self._rows, call):
             raise MemoryError(f"no scratch memory for 64 rows of {x.shape[1]} elements and their sparse entries")
         return gradients
 
@@ -221,11 +201,6 @@ class Source:
 def _tile(out: Tensor) -> tuple[int, int, int, int, int]:
     """Address, dtype, elements from row to row, columns of a panel, elements from panel to panel."""
     return out.data_ptr(), sparse.DTYPES[out.dtype], out.stride(-2), out.shape[-1], out.stride(0) if out.dim() == 3 else 0
-
-
-def _by_column(matrix: Tensor) -> _Factor:
-    """A float32 matrix [R, elements] for the kernels."""
-    return _Factor(matrix.data_ptr(), matrix.stride(1), matrix.stride(0))
 
 
 def _adjacent(matrix: Tensor) -> Tensor:
