@@ -88,7 +88,7 @@ def _tile_width(depth: int, outputs: int, transposed: bool, dtype: torch.dtype) 
 
 
 def only_tile(layout: Layout, transposed: bool, dtype: torch.dtype) -> Tensor | None:
-    """Memory for all of the weight's part, if that is one tile: [outputs, depth], or if `transposed` [depth, outputs] or panels."""
+    """Memory for all of the weight's part, if that is one tile: [outputs, depth]; if `transposed` its transpose, or panels."""
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     width, panel = _tile_width(depth, outputs, transposed, dtype)
     pieces = not transposed and gemm.by_onednn(dtype, torch.device("cpu")) and len(gemm.blocks(depth)) > 1
