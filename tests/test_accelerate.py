@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import trainer_models
+from other_process import run_python
 from torch import Tensor
 from transformers import Trainer
-from two_processes import ROOT
 
 import rosa_fx
 
@@ -46,13 +45,7 @@ def launch(script: Path, *arguments: str) -> None:
         port = free.getsockname()[1]
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", str(port)]
-    variables = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script), *arguments]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-m", "accelerate.commands.launch", *options, script, *arguments, limit=120, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

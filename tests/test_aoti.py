@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from other_process import run_python
 from torch import Tensor, nn
 from torch._inductor.utils import is_cudagraph_unsafe_fx_node
 
@@ -25,8 +23,6 @@ from rosa_fx.kernels import ops
 from rosa_fx.kernels.bases.base import base_format
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.terms.registry import term
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Block(nn.Module):
@@ -93,9 +89,7 @@ def test_packaged_ahead_of_time(tmp_path: Path) -> None:
     targets = [node["node"]["target"] for content in described for node in content["nodes"]]
     assert targets == ["rosa_fx::linear", "rosa_fx::linear"]
     torch.save(inputs, tmp_path / "inputs.pt")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", LOAD, str(package), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run_python("-c", LOAD, package, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     exact_model = transformed().double()
     for x, plain, ours in zip(inputs, eager, torch.load(tmp_path / "outputs.pt"), strict=True):
@@ -181,11 +175,8 @@ def called(module: str) -> set[str]:
 def test_generated_code_can_be_recorded(tmp_path: Path) -> None:
     """The code for an H100 of every kernel: templates, library products, Inductor's buffers. No sync, no other allocation."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     file = tmp_path / "modules.json"
-    done = subprocess.run(
-        [sys.executable, "-c", GENERATE, str(file)], capture_output=True, text=True, env=environment, check=False
-    )
+    done = run_python("-c", GENERATE, file)
     assert done.returncode == 0, done.stderr[-3000:]
     modules = json.loads(file.read_text(encoding="utf-8"))
     assert len(modules) >= 7

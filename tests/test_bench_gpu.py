@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from other_process import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "bench_gpu.py"
 
 
@@ -29,8 +28,7 @@ def bench() -> ModuleType:
 
 
 def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return run_python(script, *arguments)
 
 
 def test_a_trial_run_on_the_cpu(tmp_path: Path) -> None:

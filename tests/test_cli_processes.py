@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from chat_models import save_chat_model
-from two_processes import ROOT
+from other_process import ROOT, run_python
 
 from rosa_fx.training import read_metrics
 
@@ -21,14 +18,8 @@ OPTIONS += ["--max-steps", "4", "--schedule", "wl1", "--batch", "2", "--max-leng
 def train(processes: int, model: Path, data: Path, out: Path, *options: str) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     arguments = ["-m", str(model), "-d", str(data), "-o", str(out), *OPTIONS, *options]
-    variables = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
     program = [str(ROOT / "tests" / "test_cli_processes.py"), "train", *arguments]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python(*(launcher if processes > 1 else []), *program, limit=120, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

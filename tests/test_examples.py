@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from other_process import ROOT, run_python
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -20,7 +18,6 @@ import rosa_fx
 from rosa_fx.cli import app
 from rosa_fx.models import default_dtype
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s>\n{% endfor %}"
@@ -34,16 +31,7 @@ def blocks(language: str) -> list[str]:
 
 def run(*arguments: str | Path, cwd: Path, **variables: str) -> str:
     """Standard output of `python *arguments`, run in `cwd`."""
-    environment = (
-        os.environ
-        | variables
-        | {
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        }
-    )
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    done = run_python(*arguments, cwd=cwd, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from other_process import run_python
 from rich.console import Console
 
 from rosa_fx.errors import RosaError
@@ -23,8 +22,6 @@ from rosa_fx.kernels.report.occupancy import programs_in_flight, resident_progra
 from rosa_fx.kernels.report.rows import Row
 from rosa_fx.kernels.report.source_lines import entry_lines, load_lines
 from rosa_fx.passes.inductor_pass import ROSA_PASS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # --- machine code -----------------------------------------------------------------------------------------------------
 
@@ -352,9 +349,7 @@ def test_caches_tell_apart_who_asked_for_triton(monkeypatch: pytest.MonkeyPatch)
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "rosa_fx.kernels.report", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return run_python("-m", "rosa_fx.kernels.report", *arguments)
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

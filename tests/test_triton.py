@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from interpreter import run_in_interpreter
+from triton_process import run_in_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
