@@ -45,7 +45,7 @@ def launch(script: Path, *arguments: str) -> None:
         port = free.getsockname()[1]
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", str(port)]
-    done = run_python("-m", "accelerate.commands.launch", *options, script, *arguments, limit=120, OMP_NUM_THREADS="1")
+    done = run_python("-m", "accelerate.commands.launch", *options, script, *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -19,7 +19,7 @@ def train(processes: int, model: Path, data: Path, out: Path, *options: str) -> 
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     arguments = ["-m", str(model), "-d", str(data), "-o", str(out), *OPTIONS, *options]
     program = [str(ROOT / "tests" / "test_cli_processes.py"), "train", *arguments]
-    done = run_python(*(launcher if processes > 1 else []), *program, limit=120, OMP_NUM_THREADS="1")
+    done = run_python(*(launcher if processes > 1 else []), *program, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 120
+LIMIT = 240
 
 
 def together(function: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
