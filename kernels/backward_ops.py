@@ -112,9 +112,9 @@ def product_with_grads_kernel(
     if len(found.gradients) != (1 if kept is None else 3):
         return [found.out, *_all_grads(x, other, kept, delta, parsed, transposed)]
     values, *factors = found.gradients
-    grads = [found.out]
+    grads: list[Tensor] = []
     for item, own in parsed.split(delta):
         made = [values] if isinstance(item, Sparse) else factors
         # `to` takes a microsecond to find that it has nothing to do.
         grads += [grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype) for grad, parameter in zip(made, own)]
-    return grads
+    return [found.out, *grads]

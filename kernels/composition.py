@@ -32,7 +32,7 @@ from rosa_fx.kernels.cpu import gemm, rows
 from rosa_fx.kernels.layout import Layout
 from rosa_fx.kernels.stack import Stack, pieces_of_region
 from rosa_fx.kernels.terms.base import Shape, Term
-from rosa_fx.kernels.tiles import LOW, Weighted, only_tile, region_of, tiled
+from rosa_fx.kernels.tiles import LOW, Weighted, of_tile, only_tile, region_of, tiled
 
 # Up to so many rows of x the weight is multiplied as it is decoded; beyond, a GEMM makes better use of the registers.
 FEW_ROWS = 64
@@ -104,10 +104,10 @@ def joined_product(
         started = _start(flat, first, low_rank, parsed, transposed, left, other, kept, room)
     if source is None:
         out = _whole(flat, bias, base, folded, beside, parsed, transposed, started.begin)
-    elif started.tile is not None and started.tile.dim() == 2:
-        right = started.tile if transposed else started.tile.t()
-        out = gemm.product(flat, right, None if bias is None else bias.to(x.dtype), started.begin, True, keep=False)
+    elif started.tile is not None and started.begin is not None:
+        out = of_tile(flat, started.tile, bias, transposed, started.begin)
     else:
+        # S is not added twice.
         out = tiled(
             flat,
             flat.dtype if native(flat.dtype) else torch.float32,
@@ -117,7 +117,6 @@ def joined_product(
             parsed,
             transposed,
             started.begin,
-            started.tile,
         )
     return Joined(_like(x, out), started.left, started.gradients)
 

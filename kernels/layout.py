@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -90,29 +91,24 @@ class Layout:
 
     def split(self, delta: Sequence[Tensor]) -> Iterator[tuple[Term, Sequence[Tensor]]]:
         """Each term with its own tensors out of the flat list `delta`."""
-        start = 0
-        for item in self.terms:
-            stop = start + len(item.tensor_names)
-            yield item, delta[start:stop]
-            start = stop
+        for item, place in self._places:
+            yield item, delta[place]
+
+    @cached_property
+    def _places(self) -> tuple[tuple[Term, slice], ...]:
+        """Where the tensors of each term are in `delta`."""
+        stops = list(accumulate(len(item.tensor_names) for item in self.terms))
+        return tuple((item, slice(start, stop)) for item, start, stop in zip(self.terms, [0, *stops], stops))
 
     @cached_property
     def folded(self) -> tuple[tuple[Term, slice], ...]:
         """The terms that kernels add into the weight, and where the tensors of each are in `delta`."""
-        return tuple((item, place) for item, place in self._summands if item.folds)
+        return tuple((item, place) for item, place in self._places if item.contributes and item.folds)
 
     @cached_property
     def beside(self) -> tuple[tuple[Term, slice], ...]:
         """The same for terms that have a product of their own."""
-        return tuple((item, place) for item, place in self._summands if not item.folds)
-
-    @property
-    def _summands(self) -> Iterator[tuple[Term, slice]]:
-        stop = 0
-        for item in self.terms:
-            start, stop = stop, stop + len(item.tensor_names)
-            if item.contributes:
-                yield item, slice(start, stop)
+        return tuple((item, place) for item, place in self._places if item.contributes and not item.folds)
 
     def only(self, keep: Sequence[bool]) -> tuple[Layout, list[int]]:
         """The layout of those terms that have a tensor marked in `keep`, and where their tensors are in `delta`."""
@@ -127,11 +123,7 @@ class Layout:
     @property
     def trainable(self) -> tuple[int, ...]:
         """Positions in `delta` of the tensors that receive gradients, in the order of the gradients."""
-        positions, start = [], 0
-        for item in self.terms:
-            positions += [start + item.tensor_names.index(name) for name in item.trainable]
-            start += len(item.tensor_names)
-        return tuple(positions)
+        return tuple(place.start + item.tensor_names.index(name) for item, place in self._places for name in item.trainable)
 
     @property
     def additive(self) -> bool:

@@ -38,12 +38,10 @@ def tiled(
     layout: Layout,
     transposed: bool,
     begin: Tensor | None,
-    written: Tensor | None,
 ) -> Tensor:
     """x Wᵀ + b, or x W + b if `transposed`, in x's dtype, of GEMMs in `dtype`.
 
     By tiles of outputs, each reduced in one GEMM: rows of the weight, or its columns. Sums start from `begin`, if given.
-    `written`: the panels of the only tile, where somebody has written it already.
     """
     depth, outputs = layout.out_shape if transposed else layout.out_shape[::-1]
     wide = x if dtype == x.dtype else scratch("rows", x.shape, dtype).copy_(x)
@@ -61,13 +59,9 @@ def tiled(
     for start in range(0, outputs, width):
         stop = min(outputs, start + width)
         if transposed:
-            tile = written
-            if tile is None:
-                tile = scratch("tile", (-((stop - start) // -panel), wide.shape[1], min(panel, stop - start)), dtype)
-                source.write((row, row_stop, column + start, column + stop), tile)
-            for at, part in zip(range(start, stop, panel), tile):
-                end = min(stop, at + panel)
-                made = _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
+            tile = scratch("tile", (-((stop - start) // -panel), wide.shape[1], min(panel, stop - start)), dtype)
+            source.write((row, row_stop, column + start, column + stop), tile)
+            made = _by_panels(wide, tile, bias, riders, pairs, out, start, stop, add)
             continue
         # One block where a row is multiplied at once.
         blocks = gemm.blocks(depth) if gemm.by_onednn(dtype, x.device) else [(0, wide.shape[1])]
@@ -97,6 +91,34 @@ def only_tile(layout: Layout, transposed: bool, dtype: torch.dtype) -> Tensor | 
     if panel < outputs:
         return scratch("tile", (-(outputs // -panel), depth, panel), dtype)
     return scratch("tile", (depth, outputs) if transposed else (outputs, depth), dtype)
+
+
+def of_tile(x: Tensor, tile: Tensor, bias: Tensor | None, transposed: bool, begin: Tensor) -> Tensor:
+    """`begin` + x Wᵀ + b, or x W + b if `transposed`, from memory of `only_tile` that W was written to; all of one dtype."""
+    if tile.dim() == 3:
+        _by_panels(x, tile, bias, [], [], begin, 0, begin.shape[1], True)
+        return begin
+    right = tile if transposed else tile.t()
+    return gemm.product(x, right, None if bias is None else bias.to(x.dtype), begin, True, keep=False)
+
+
+def _by_panels(
+    wide: Tensor,
+    tile: Tensor,
+    bias: Tensor | None,
+    riders: Pairs,
+    pairs: Pairs,
+    out: Tensor,
+    start: int,
+    stop: int,
+    add: bool,
+) -> Tensor:
+    """`_multiply` by the panels [P, depth, outputs of one] of a tile, one after another; what the last one gave."""
+    made, panel = out, tile.shape[-1]
+    for at, part in zip(range(start, stop, panel), tile):
+        end = min(stop, at + panel)
+        made = _multiply(wide, part[:, : end - at], bias, riders, pairs, out, at, end, add)
+    return made
 
 
 def _multiply(

@@ -111,8 +111,7 @@ class Source:
         if pair is not None and pair[0].numel() and pair[1].numel():
             A, B, scale = _adjacent(pair[0]), _adjacent(pair[1]), pair[2]
             R = A.shape[0]
-            of_A, of_B = (A.data_ptr(), A.stride(1), A.stride(0)), (B.data_ptr(), *B.stride())
-            inner, outer = (of_B, of_A) if transposed else (of_A, of_B)
+            inner, outer = _factors(A, B, transposed)
             if left is not None:
                 left = left if left.stride(1) == 1 else left.contiguous()
                 given = left.data_ptr(), sparse.DTYPES[left.dtype], left.stride(0)
@@ -122,21 +121,16 @@ class Source:
             assert made.is_contiguous()
         gradients: list[Tensor] = []
         second, inner_grad, outer_grad = _NOTHING, _NOTHING, _NOTHING
-        if other is None or not R:
-            kept = None
         if other is not None:
             assert region == (0, self._shape[0], 0, self._shape[1])
             assert other.dtype == x.dtype
             second = other.data_ptr(), *other.stride()
             gradients.append(torch.empty(self.nnz, dtype=torch.float32, device="cpu"))
+        kept = kept.contiguous() if kept is not None and other is not None and R else None
         if kept is not None:
             assert kept.dtype == x.dtype
-            kept = kept.contiguous()
-            rows, columns = self._shape
-            dA, dB = torch.empty(R, columns, device="cpu"), torch.empty(rows, R, device="cpu")
-            gradients += [dA, dB]
-            of_A, of_B = (dA.data_ptr(), 1, columns), (dB.data_ptr(), R, 1)
-            inner_grad, outer_grad = (of_B, of_A) if transposed else (of_A, of_B)
+            gradients += [torch.empty(size, device="cpu") for size in ((R, self._shape[1]), (self._shape[0], R))]
+            inner_grad, outer_grad = _factors(gradients[1], gradients[2], transposed)
         if x.shape[0] == 0:
             return [gradient.zero_() for gradient in gradients]
         call = _TERMS.pack(
@@ -201,6 +195,12 @@ class Source:
 def _tile(out: Tensor) -> tuple[int, int, int, int, int]:
     """Address, dtype, elements from row to row, columns of a panel, elements from panel to panel."""
     return out.data_ptr(), sparse.DTYPES[out.dtype], out.stride(-2), out.shape[-1], out.stride(0) if out.dim() == 3 else 0
+
+
+def _factors(A: Tensor, B: Tensor, transposed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A [R, columns] and B [rows, R], that of the inputs first: address, from one to the next, and from rank to rank."""
+    of_A, of_B = (A.data_ptr(), *A.stride()[::-1]), (B.data_ptr(), *B.stride())
+    return (of_B, of_A) if transposed else (of_A, of_B)
 
 
 def _adjacent(matrix: Tensor) -> Tensor:
