@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from chat_models import save_chat_model
+from other_process import run_python
 from rewritten_models import FLOAT32, assert_budget
 from safetensors.torch import load_file
 from torch import nn
@@ -69,8 +69,8 @@ def test_help_names_every_command_and_loads_no_torch() -> None:
         assert "Example" in run(name, "--help").output
     imports = "import sys, rosa_fx.cli.app, rosa_fx.report_picture"
     code = f"{imports}; print(any(m in sys.modules for m in ('transformers', 'matplotlib')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = run_python("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_train_writes_adapter_curve_and_metrics(trained: tuple[Path, str]) -> None:

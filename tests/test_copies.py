@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from captured_models import FUSED, Tail, assert_close, assert_equal, captured, inputs, plain, step, transformed
+from other_process import run_python
 from torch import nn
 
 import rosa_fx
@@ -128,13 +126,7 @@ def test_a_fresh_process_loads_and_compiles_the_pickled_model(tmp_path: Path) ->
     transformed(model=model).eval()
     torch.save(model, tmp_path / "model.pt")
     torch.save((inputs(), model(inputs()).detach()), tmp_path / "data.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "model.pt"), str(tmp_path / "data.pt")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = run_python("-c", PROGRAM, tmp_path / "model.pt", tmp_path / "data.pt", cwd=tmp_path)
     assert "FUSED 3 ParametrizedLinear Linear" in done.stdout, done.stderr[-3000:]
 
 

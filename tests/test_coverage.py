@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from other_process import run_python
 
 from rosa_fx import coverage
 from rosa_fx.coverage_check import TOLERANCE, check, distance
@@ -87,7 +85,6 @@ def test_command_ends_a_slow_architecture_and_resumes(tmp_path: Path) -> None:
     store = out.with_suffix(".jsonl")
     store.write_text(json.dumps(_row("llama")) + "\n")
     command = [
-        sys.executable,
         "-m",
         "rosa_fx.coverage",
         "--out",
@@ -98,7 +95,7 @@ def test_command_ends_a_slow_architecture_and_resumes(tmp_path: Path) -> None:
         "--seconds-per-model",
         "0.05",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ)
+    done = run_python(*command, limit=120)
     assert done.returncode == 0, done.stderr
     rows = coverage.load(store)
     assert list(rows) == ["llama", "gpt2"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from other_process import run_python
 from torch import Tensor, nn
 from trainer_models import adapters, arguments, assert_same, llama, rows, trainer, transformed
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
@@ -231,5 +229,5 @@ def test_model_that_bitsandbytes_quantised(tmp_path: Path) -> None:
 
 def test_importing_the_package_does_not_import_transformers() -> None:
     code = "import sys, rosa_fx; rosa_fx.transform; rosa_fx.optimizer_for; sys.exit('transformers' in sys.modules)"
-    root = str(Path(__file__).resolve().parent.parent)
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": root})
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from other_process import run_python
 
 from rosa_fx.kernels.lower_grads import chunks, search_steps
 from rosa_fx.kernels.product import AMD
@@ -79,6 +77,6 @@ print(*lowered)
 def test_addresses_are_as_wide_as_the_operands_need() -> None:
     """More than 2³¹ elements of x: generated for a GPU that is not there, and not executed."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    done = subprocess.run([sys.executable, "-c", _GENERATE], capture_output=True, text=True, timeout=300)
+    done = run_python("-c", _GENERATE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-2:] == ["tl.int32", "tl.int64"]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from other_process import run_python
 from rich.console import Console
 from training_models import config, make_data, make_model
 
@@ -59,8 +60,6 @@ def test_memory_figures_are_bytes() -> None:
 
 def test_allocator_keeps_large_blocks() -> None:
     """In a process of its own, because it cannot be undone: after tuning, a freed block's pages stay mapped."""
-    import subprocess
-    import sys
 
     code = (
         "import resource, torch\n"
@@ -73,8 +72,8 @@ def test_allocator_keeps_large_blocks() -> None:
         "a = faults(); tuned = tune_allocator(); b = faults()\n"
         "assert not tuned or b < a / 2 or a < 100, (a, b)\n"
     )
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert isinstance(tune_allocator(), bool)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from other_process import ROOT, run_python
 
 
 def run_in_interpreter(name: str) -> None:
@@ -24,9 +23,7 @@ def run_on_gpu(name: str, triton: bool) -> None:
 
 def _run(name: str, environment: dict[str, str], options: list[str]) -> None:
     file = Path(__file__).with_name(name)
-    command = [sys.executable, "-m", "pytest", "-q", *options, "-p", "no:cacheprovider", "--show-capture=no", str(file)]
-    done = subprocess.run(
-        command, env=os.environ | environment, cwd=file.parent.parent, capture_output=True, text=True, timeout=580
-    )
+    command = ["-m", "pytest", "-q", *options, "-p", "no:cacheprovider", "--show-capture=no", str(file)]
+    done = run_python(*command, cwd=ROOT, limit=580, **environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
